@@ -1,0 +1,157 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * kexec and kdump for arm64, see Documentation/arch/arm64/kexec.rst
+ *
+ * Replaces the implementation by Geoff Levand, James Morse, AKASHI Takahiro
+ * and Pavel Tatashin.
+ */
+#ifndef _ARM64_KEXEC_H
+#define _ARM64_KEXEC_H
+
+/* All of memory can be a source, a destination or a control page */
+#define KEXEC_SOURCE_MEMORY_LIMIT	(-1UL)
+#define KEXEC_DESTINATION_MEMORY_LIMIT	(-1UL)
+#define KEXEC_CONTROL_MEMORY_LIMIT	(-1UL)
+
+/* Code and its arguments, then vectors: see TRANS_PGD_VECTORS_OFFSET */
+#define KEXEC_CONTROL_PAGE_SIZE		4096
+
+#define KEXEC_ARCH			KEXEC_ARCH_AARCH64
+
+#ifndef __ASSEMBLER__
+
+#include <linux/string.h>
+#include <linux/types.h>
+
+#include <asm/ptrace.h>
+#include <asm/sysreg.h>
+
+/**
+ * crash_setup_regs() - the registers that the crash dump shows for this CPU
+ * @newregs: filled in
+ * @oldregs: registers at the exception that led here, or NULL if there was
+ *           none: then those of the caller are taken, as they are now
+ *
+ * Context: any, on the crashing CPU.
+ */
+static __always_inline void crash_setup_regs(struct pt_regs *newregs,
+					     struct pt_regs *oldregs)
+{
+	u64 pstate;
+
+	if (oldregs) {
+		memcpy(newregs, oldregs, sizeof(*newregs));
+		return;
+	}
+
+	/* regs[0] to regs[30], then sp and pc, follow each other in pt_regs */
+	asm volatile(
+	"	stp	x0, x1, [%[regs], #0x00]\n"
+	"	stp	x2, x3, [%[regs], #0x10]\n"
+	"	stp	x4, x5, [%[regs], #0x20]\n"
+	"	stp	x6, x7, [%[regs], #0x30]\n"
+	"	stp	x8, x9, [%[regs], #0x40]\n"
+	"	stp	x10, x11, [%[regs], #0x50]\n"
+	"	stp	x12, x13, [%[regs], #0x60]\n"
+	"	stp	x14, x15, [%[regs], #0x70]\n"
+	"	stp	x16, x17, [%[regs], #0x80]\n"
+	"	stp	x18, x19, [%[regs], #0x90]\n"
+	"	stp	x20, x21, [%[regs], #0xa0]\n"
+	"	stp	x22, x23, [%[regs], #0xb0]\n"
+	"	stp	x24, x25, [%[regs], #0xc0]\n"
+	"	stp	x26, x27, [%[regs], #0xd0]\n"
+	"	stp	x28, x29, [%[regs], #0xe0]\n"
+	"	mov	%[tmp], sp\n"
+	"	stp	x30, %[tmp], [%[regs], #0xf0]\n"
+	"	adr	%[tmp], .\n"
+	"	str	%[tmp], [%[regs], #0x100]\n"
+	: [tmp] "=&r" (pstate)
+	: [regs] "r" (newregs)
+	: "memory");
+
+	/* PSTATE can't be read as a whole, SPSR has these fields where they are */
+	pstate = read_sysreg(CurrentEL) | read_sysreg(SPSel) |
+		 read_sysreg(daif) | read_sysreg(nzcv);
+	newregs->pstate = pstate;
+}
+
+#if defined(CONFIG_CRASH_DUMP) && defined(CONFIG_HIBERNATION)
+bool crash_is_nosave(unsigned long pfn);
+void crash_prepare_suspend(void);
+void crash_post_resume(void);
+#else
+static inline bool crash_is_nosave(unsigned long pfn) { return false; }
+static inline void crash_prepare_suspend(void) { }
+static inline void crash_post_resume(void) { }
+#endif
+
+struct kimage;
+
+#ifdef CONFIG_KEXEC_CORE
+void cpu_soft_restart(unsigned long el2_switch, unsigned long entry,
+		      unsigned long arg0, unsigned long arg1,
+		      unsigned long arg2);
+
+int machine_kexec_post_load(struct kimage *image);
+#define machine_kexec_post_load machine_kexec_post_load
+#endif
+
+#define ARCH_HAS_KIMAGE_ARCH
+
+/**
+ * struct kimage_arch - what arm64 keeps with a loaded image
+ * @dtb: device tree of a kexec_file_load() image, kvmalloc()ed
+ * @dtb_mem: physical address that @dtb gets copied to; 0 for kexec_load(),
+ *           where the image itself knows
+ * @relocate: something has to be moved, so there is a control page
+ * @ttbr0: physical address of the table that maps the control page
+ * @t0sz: TCR_EL1.T0SZ that @ttbr0 needs
+ */
+struct kimage_arch {
+	void *dtb;
+	phys_addr_t dtb_mem;
+	bool relocate;
+	phys_addr_t ttbr0;
+	unsigned long t0sz;
+};
+
+/**
+ * struct kexec_control_args - arguments of the code in the control page
+ * @ttbr1: physical address of the transitional linear map
+ * @reserved_ttbr1: physical address of a table without entries; it is the
+ *                  kernel's own and not used once copying has begun
+ * @va_offset: from a physical address to where the linear map has it
+ * @head: first entry of the kimage list
+ * @start: physical address of the entry to the new image
+ * @dtb_mem: physical address of its device tree, or 0
+ * @el2: not 0 if EL2 has to be entered from EL1 by an HVC
+ *
+ * They stand in the control page behind the code, which finds them relative to
+ * its PC.
+ */
+struct kexec_control_args {
+	u64 ttbr1;
+	u64 reserved_ttbr1;
+	u64 va_offset;
+	u64 head;
+	u64 start;
+	u64 dtb_mem;
+	u64 el2;
+};
+
+extern char kexec_control_args[];
+
+#ifdef CONFIG_KEXEC_FILE
+extern const struct kexec_file_ops kexec_image_ops;
+
+int arch_kimage_file_post_load_cleanup(struct kimage *image);
+#define arch_kimage_file_post_load_cleanup arch_kimage_file_post_load_cleanup
+
+int load_other_segments(struct kimage *image, unsigned long kernel_load_addr,
+			unsigned long kernel_size, char *initrd,
+			unsigned long initrd_len, char *cmdline);
+#endif
+
+#endif /* __ASSEMBLER__ */
+
+#endif /* _ARM64_KEXEC_H */

@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * kexec for arm64, see Documentation/arch/arm64/kexec.rst
+ *
+ * Everything that can fail happens when an image is loaded; machine_kexec()
+ * only executes what was prepared then.
+ *
+ * Replaces the implementation by Geoff Levand, James Morse, AKASHI Takahiro
+ * and Pavel Tatashin.
+ */
+
+#define pr_fmt(fmt) "kexec: " fmt
+
+#include <linux/align.h>
+#include <linux/cpu.h>
+#include <linux/errno.h>
+#include <linux/kexec.h>
+#include <linux/memory_hotplug.h>
+#include <linux/mm.h>
+#include <linux/printk.h>
+#include <linux/smp.h>
+#include <linux/string.h>
+
+#include <asm/cacheflush.h>
+#include <asm/daifflags.h>
+#include <asm/memory.h>
+#include <asm/mmu_context.h>
+#include <asm/pgtable.h>
+#include <asm/sections.h>
+#include <asm/smp.h>
+#include <asm/trans_pgd.h>
+#include <asm/virt.h>
+
+/*
+ * What `kexec -d` shows. kexec_load() has no flag to ask for it, so there it
+ * takes dynamic debug.
+ */
+#define kexec_info(fmt, ...)					\
+do {								\
+	if (kexec_file_dbg_print)				\
+		pr_info(fmt, ##__VA_ARGS__);			\
+	else							\
+		pr_debug(fmt, ##__VA_ARGS__);			\
+} while (0)
+
+/**
+ * machine_kexec_cleanup() - forget what was prepared for an image
+ * @image: image that is about to be freed
+ *
+ * All that machine_kexec_post_load() allocates are control pages of the image,
+ * and the core frees those.
+ */
+void machine_kexec_cleanup(struct kimage *image)
+{
+}
+
+/*
+ * The segments are copied, or flushed, through mappings of memory. An address
+ * that has none would be a fault beyond the point of no return.
+ */
+static int kexec_check_segments(const struct kimage *image)
+{
+	unsigned long i;
+
+	for (i = 0; i < image->nr_segments; i++) {
+		phys_addr_t start = image->segment[i].mem;
+		phys_addr_t end = start + image->segment[i].memsz;
+		bool ok;
+
+		get_online_mems();
+		ok = trans_pgd_linear_covers(start, end);
+		put_online_mems();
+
+		if (!ok) {
+			pr_err("segment %lu: %pa-%pa is not all memory that the kernel may use\n",
+			       i, &start, &end);
+			return -EADDRNOTAVAIL;
+		}
+	}
+
+	return 0;
+}
+
+/**
+ * machine_kexec_prepare() - refuse what could not be executed
+ * @image: image with its segments known, but not loaded yet
+ *
+ * Context: process context, kexec lock held.
+ *
+ * Return: 0, -EBUSY if a CPU could not leave the kernel that is about to be
+ * overwritten, -EADDRNOTAVAIL if a destination is not memory.
+ */
+int machine_kexec_prepare(struct kimage *image)
+{
+	if (image->type != KEXEC_TYPE_CRASH && cpus_are_stuck_in_kernel()) {
+		pr_err("CPUs are stuck in the kernel, it can't be replaced\n");
+		return -EBUSY;
+	}
+
+	return kexec_check_segments(image);
+}
+
+static void *kexec_alloc_table(void *arg)
+{
+	struct page *page = kimage_alloc_control_pages(arg, 0);
+
+	if (!page)
+		return NULL;
+
+	clear_page(page_address(page));
+	return page_address(page);
+}
+
+/* How much of the image is not where it has to be yet, in bytes */
+static unsigned long kexec_bytes_to_move(const struct kimage *image)
+{
+	const kimage_entry_t *ptr = &image->head;
+	unsigned long dest = 0, bytes = 0;
+	kimage_entry_t entry;
+
+	while ((entry = *ptr++) && !(entry & IND_DONE)) {
+		unsigned long addr = entry & PAGE_MASK;
+
+		if (entry & IND_INDIRECTION) {
+			ptr = phys_to_virt(addr);
+		} else if (entry & IND_DESTINATION) {
+			dest = addr;
+		} else if (entry & IND_SOURCE) {
+			if (addr != dest)
+				bytes += PAGE_SIZE;
+			dest += PAGE_SIZE;
+		}
+	}
+
+	return bytes;
+}
+
+/*
+ * Tell what was loaded. Returns the number of bytes that have to be moved.
+ */
+static unsigned long kexec_image_info(const struct kimage *image)
+{
+	unsigned long i, total = 0, bytes = kexec_bytes_to_move(image);
+
+	for (i = 0; i < image->nr_segments; i++) {
+		phys_addr_t start = image->segment[i].mem;
+		phys_addr_t end = start + image->segment[i].memsz;
+
+		kexec_info("segment %lu: %pa-%pa, %zu bytes\n", i, &start, &end,
+			   image->segment[i].memsz);
+		total += image->segment[i].memsz;
+	}
+
+	kexec_info("%lu bytes to move\n", bytes);
+	kexec_info("%lu bytes in place\n", total - bytes);
+
+	return bytes;
+}
+
+/*
+ * Segments that were loaded where they will be executed never pass through the
+ * control page, which would clean them to the PoC. Nobody writes to them any
+ * more, so now is as good a time.
+ */
+static void kexec_flush_in_place(const struct kimage *image, bool all)
+{
+	unsigned long i;
+
+	for (i = 0; i < image->nr_segments; i++) {
+		unsigned long start;
+
+		if (!all && !image->segment_cma[i])
+			continue;
+
+		start = (unsigned long)phys_to_virt(image->segment[i].mem);
+		dcache_clean_inval_poc(start, start + image->segment[i].memsz);
+	}
+}
+
+static void kexec_fill_control_page(struct kimage *image, u64 ttbr1)
+{
+	char *page = page_address(image->control_code_page);
+	unsigned long start = (unsigned long)page;
+	struct kexec_control_args *args;
+
+	memcpy(page, __relocate_new_kernel_start,
+	       __relocate_new_kernel_end - __relocate_new_kernel_start);
+	memcpy(page + TRANS_PGD_VECTORS_OFFSET, trans_pgd_vectors,
+	       ARM64_VECTOR_TABLE_LEN);
+
+	args = (void *)page + (kexec_control_args - __relocate_new_kernel_start);
+	*args = (struct kexec_control_args) {
+		.ttbr1		= ttbr1,
+		.reserved_ttbr1	= __pa_symbol(reserved_pg_dir),
+		.va_offset	= PAGE_OFFSET - PHYS_OFFSET,
+		.head		= image->head,
+		.start		= image->start,
+		.dtb_mem	= image->arch.dtb_mem,
+		.el2		= is_hyp_nvhe(),
+	};
+
+	/*
+	 * Clean to the PoC: its end is executed with the MMU off, and so are
+	 * the vectors at EL2. Then drop what the I-cache holds of the page.
+	 */
+	dcache_clean_inval_poc(start, start + KEXEC_CONTROL_PAGE_SIZE);
+	icache_inval_pou(start, start + KEXEC_CONTROL_PAGE_SIZE);
+}
+
+/**
+ * machine_kexec_post_load() - prepare everything that relocation needs
+ * @image: image with all its segments loaded; the control page and the table
+ *         pages become its control pages, outside of every destination
+ *
+ * An image with nothing to move (a crash kernel, segments in contiguous memory
+ * that was claimed for good) gets flushed and is done.
+ *
+ * Context: process context, kexec lock held.
+ *
+ * Return: 0, or -ENOMEM; whatever was loaded before @image is untouched.
+ */
+int machine_kexec_post_load(struct kimage *image)
+{
+	void *page = page_address(image->control_code_page);
+	struct trans_pgd linear = {
+		.alloc_table	= kexec_alloc_table,
+		.alloc_arg	= image,
+	};
+	struct trans_pgd idmap = linear;
+	int ret;
+
+	image->arch.relocate = kexec_image_info(image);
+	kexec_flush_in_place(image, !image->arch.relocate);
+	if (!image->arch.relocate) {
+		kexec_info("0 table pages\n");
+		return 0;
+	}
+
+	get_online_mems();
+	ret = trans_pgd_create_linear(&linear);
+	put_online_mems();
+	if (!ret)
+		ret = trans_pgd_create_idmap(&idmap, virt_to_phys(page),
+					     PAGE_ALIGN(KEXEC_CONTROL_PAGE_SIZE));
+	if (ret) {
+		pr_err("no transitional page tables: error %d after %u pages\n",
+		       ret, linear.nr_pages + idmap.nr_pages);
+		return ret;
+	}
+
+	kexec_info("%u table pages\n", linear.nr_pages + idmap.nr_pages);
+
+	image->arch.ttbr0 = phys_to_ttbr(virt_to_phys(idmap.root));
+	image->arch.t0sz = TCR_T0SZ(idmap.va_bits);
+	kexec_fill_control_page(image, virt_to_phys(linear.root));
+
+	return 0;
+}
+
+/**
+ * machine_kexec() - leave this kernel and enter @image
+ * @image: image that was loaded
+ *
+ * The code that is called here has no type hash in front of it that CFI could
+ * check: the control page begins with it, and the identity map may.
+ *
+ * Context: the last CPU that is online, or the crashing one; devices are shut
+ * down. Does not return.
+ */
+void __nocfi machine_kexec(struct kimage *image)
+{
+	bool crash = image == kexec_crash_image;
+	bool stuck = cpus_are_stuck_in_kernel();
+
+	/* A CPU may have got stuck, or come online, after the image was loaded */
+	BUG_ON(!crash && (stuck || num_online_cpus() > 1));
+	WARN(crash && (stuck || smp_crash_stop_failed()),
+	     "Some CPUs may be stale, kdump will be unreliable.\n");
+
+	pr_info("Bye!\n");
+
+	local_daif_mask();
+
+	if (image->arch.relocate) {
+		phys_addr_t control = page_to_phys(image->control_code_page);
+		void (*relocate)(void) = (void *)control;
+
+		if (is_hyp_nvhe())
+			__hyp_set_vectors(control + TRANS_PGD_VECTORS_OFFSET);
+		cpu_install_ttbr0(image->arch.ttbr0, image->arch.t0sz);
+		relocate();
+	} else {
+		typeof(cpu_soft_restart) *restart;
+
+		restart = (void *)__pa_symbol(cpu_soft_restart);
+		cpu_install_idmap();
+		restart(is_hyp_nvhe(), image->start, image->arch.dtb_mem, 0, 0);
+	}
+
+	BUG(); /* neither of them returns */
+}
