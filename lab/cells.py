@@ -1,0 +1,161 @@
+"""The matrix: which kernels are built, and which machines they are run on.
+
+A Kernel is what has to be compiled, a Cell is a machine with a kernel on it.
+Every kernel runs at EL1, at EL2 without VHE and at EL2 with VHE; the other
+dimensions are spread over these cells so that each value meets every exception
+level (tests/test_cells.py holds the list to that). Cells for one question each
+(a memory size, holes in RAM, CMA, the debug kernel) follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lab.errors import UsageError
+
+MAX = "max,pauth-impdef=on"  # the architected pointer authentication is slow to emulate
+MAX_NOLPA2 = "max,pauth-impdef=on,lpa2=off"
+A57 = "cortex-a57"
+A72 = "cortex-a72"
+
+VA_BITS = {4: (39, 48, 52), 16: (47, 52), 64: (42, 48, 52)}  # KiB per page -> VA bits
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What is compiled. `pages` is in KiB; unpatched means the base without the series."""
+
+    pages: int
+    va: int
+    flavour: str = "lab"  # or "debug"
+    patched: bool = True
+
+    @property
+    def name(self) -> str:
+        debug = "-debug" if self.flavour == "debug" else ""
+        base = "" if self.patched else "-base"
+        return f"{self.pages}k-va{self.va}{debug}{base}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A machine with a kernel on it. `memory` is in MiB."""
+
+    name: str
+    kernel: Kernel
+    el: str  # "el1", "nvhe" or "vhe"
+    cpu: str = MAX  # QEMU's -cpu
+    cpus: int = 2
+    memory: int = 2048
+    rodata: str = "full"  # or "on"
+    kaslr: bool = True
+    append: tuple[str, ...] = ()  # kernel parameters beyond those the fields stand for
+    holes: bool = False  # reserved-memory nodes with no-map in odd places
+    core: bool = False  # part of a plain `check`
+
+
+K4_39, K4_48, K4_52 = (Kernel(4, va) for va in VA_BITS[4])
+K16_47, K16_52 = (Kernel(16, va) for va in VA_BITS[16])
+K64_42, K64_48, K64_52 = (Kernel(64, va) for va in VA_BITS[64])
+DEBUG = Kernel(4, 48, flavour="debug")
+
+MIB512, MIB1537, GIB2, GIB16, GIB64 = 512, 1537, 2048, 16384, 65536
+
+# On a CPU with VHE the kernel has to be told to leave it alone.
+NVHE = ("kvm-arm.mode=nvhe",)
+# No VA beyond 48 bits for a kernel that could use them.
+NOLVA = ("arm64.nolva",)
+
+
+def _cell(kernel: Kernel, el: str, suffix: str = "", **fields: object) -> Cell:
+    append = tuple(fields.pop("append", ()))  # type: ignore[arg-type]
+    if el == "nvhe" and str(fields.get("cpu", MAX)).startswith("max"):
+        append = NVHE + append
+    name = f"{kernel.name}-{el}" + (f"-{suffix}" if suffix else "")
+    return Cell(name, kernel, el, append=append, **fields)  # type: ignore[arg-type]
+
+
+def _all() -> list[Cell]:
+    return [
+        # Every kernel at every exception level.
+        _cell(K4_48, "vhe", core=True),
+        _cell(K4_48, "el1", cpus=1, memory=MIB1537, rodata="on", kaslr=False, core=True),
+        _cell(K4_48, "nvhe", cpus=4, memory=MIB512, core=True),
+        _cell(K64_52, "vhe", cpus=4, memory=MIB1537, rodata="on", core=True),
+        _cell(K64_52, "el1", cpus=2, memory=GIB2, core=True),
+        _cell(K64_52, "nvhe", cpus=1, memory=GIB16, kaslr=False, core=True),
+        _cell(K4_39, "vhe", cpus=1, memory=GIB16, rodata="on", kaslr=False),
+        _cell(K4_39, "el1", cpus=4, memory=MIB512, kaslr=False),
+        _cell(K4_39, "nvhe", cpus=2, memory=GIB64, rodata="on"),
+        _cell(K4_52, "vhe", cpus=4, memory=GIB64),
+        _cell(K4_52, "el1", cpus=2, memory=GIB16, kaslr=False),
+        _cell(K4_52, "nvhe", cpus=1, memory=GIB2, rodata="on"),
+        _cell(K16_47, "vhe", cpus=2, memory=MIB512, kaslr=False),
+        _cell(K16_47, "el1", cpus=1, memory=GIB64, rodata="on"),
+        _cell(K16_47, "nvhe", cpus=4, memory=MIB1537),
+        _cell(K16_52, "vhe", cpus=1, memory=GIB2),
+        _cell(K16_52, "el1", cpus=4, memory=MIB1537, rodata="on"),
+        _cell(K16_52, "nvhe", cpus=2, memory=MIB512, kaslr=False),
+        _cell(K64_42, "vhe", cpus=2, memory=GIB64, rodata="on"),
+        _cell(K64_42, "el1", cpus=1, memory=GIB2, kaslr=False),
+        _cell(K64_42, "nvhe", cpus=4, memory=GIB16),
+        _cell(K64_48, "vhe", cpus=1, memory=MIB512),
+        _cell(K64_48, "el1", cpus=4, memory=GIB64),
+        _cell(K64_48, "nvhe", cpus=2, memory=MIB1537, rodata="on"),
+        # CPUs that were sold, without VHE, LVA, LPA2 or 16K pages.
+        _cell(K4_48, "nvhe", "a57", cpu=A57, rodata="on", core=True),
+        _cell(K4_48, "el1", "a72", cpu=A72, cpus=4, core=True),
+        _cell(K64_52, "nvhe", "a72", cpu=A72, core=True),
+        _cell(K4_39, "nvhe", "a72", cpu=A72, cpus=1, kaslr=False),
+        _cell(K4_52, "nvhe", "a57", cpu=A57, cpus=4),
+        _cell(K4_52, "el1", "a72", cpu=A72, memory=MIB512, rodata="on"),
+        _cell(K64_42, "el1", "a57", cpu=A57, rodata="on"),
+        _cell(K64_48, "nvhe", "a72", cpu=A72, cpus=1),
+        # A 52-bit kernel on a machine that has fewer.
+        _cell(K64_52, "vhe", "nolva", cpu=MAX_NOLPA2, append=NOLVA, core=True),
+        _cell(K4_52, "vhe", "nolpa2", cpu=MAX_NOLPA2),
+        _cell(K4_52, "el1", "nolpa2", cpu=MAX_NOLPA2, cpus=1, kaslr=False),
+        _cell(K16_52, "vhe", "nolpa2", cpu=MAX_NOLPA2, rodata="on"),
+        _cell(K16_52, "nvhe", "nolpa2", cpu=MAX_NOLPA2, cpus=4),
+        # Memory sizes, everything else alike: what the tables cost.
+        _cell(K4_48, "vhe", "512m", memory=MIB512, core=True),
+        _cell(K4_48, "vhe", "1537m", memory=MIB1537, core=True),
+        _cell(K4_48, "vhe", "16g", memory=GIB16, core=True),
+        _cell(K4_48, "vhe", "64g", memory=GIB64, core=True),
+        # RAM with no-map holes.
+        _cell(K4_48, "vhe", "holes", holes=True, core=True),
+        _cell(K64_52, "el1", "holes", holes=True, core=True),
+        _cell(K16_47, "nvhe", "holes", holes=True, rodata="on"),
+        # Room for kexec_file_load() to place segments in CMA.
+        _cell(K4_48, "vhe", "cma", append=("cma=256M",), core=True),
+        _cell(K64_52, "nvhe", "cma", append=("cma=512M",), core=True),
+        _cell(K16_52, "el1", "cma", append=("cma=256M",)),
+        # lockdep, DEBUG_PAGEALLOC, DEBUG_VIRTUAL, KFENCE, UBSAN; a warning is a panic.
+        _cell(DEBUG, "vhe", append=("panic_on_warn=1",)),
+        _cell(DEBUG, "el1", cpu=A57, kaslr=False, append=("panic_on_warn=1",)),
+        _cell(DEBUG, "nvhe", cpus=4, rodata="on", append=("panic_on_warn=1",)),
+    ]
+
+
+CELLS: dict[str, Cell] = {cell.name: cell for cell in _all()}
+DEFAULT = CELLS["4k-va48-vhe"]
+
+KERNELS: dict[str, Kernel] = {cell.kernel.name: cell.kernel for cell in CELLS.values()}
+# Mainline's own implementation, to measure against.
+KERNELS["4k-va48-base"] = Kernel(4, 48, patched=False)
+
+
+def cell(name: str) -> Cell:
+    """The cell called `name`. Raises UsageError, with the names there are."""
+    try:
+        return CELLS[name]
+    except KeyError:
+        raise UsageError(f"no cell is called '{name}'", "cells: " + " ".join(CELLS)) from None
+
+
+def kernel(name: str) -> Kernel:
+    """The kernel called `name`. Raises UsageError, with the names there are."""
+    try:
+        return KERNELS[name]
+    except KeyError:
+        raise UsageError(f"no kernel is called '{name}'", "kernels: " + " ".join(KERNELS)) from None

@@ -1,0 +1,270 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Callable, NoReturn
+
+from lab import base, build, cells, host, lock, paths, proc, say, series, tree
+from lab.errors import LabError, UsageError
+
+DESCRIPTION = """\
+Boots an arm64 Linux kernel that carries this repository's kexec under QEMU,
+lets it load a second kernel, and checks that the second one comes up whole.
+
+The two commands to know:
+
+  ./kexec-lab run      see it happen: build, boot, load, hand over, verify
+  ./kexec-lab check    run the tests
+
+Whatever is missing on a Debian machine is installed, downloaded and built by
+the command that needs it, and kept: the second time is quick.
+"""
+
+EXAMPLES = """\
+examples:
+  ./kexec-lab run --loader file            only kexec_file_load
+  ./kexec-lab run --cell 64k-va52-nvhe     another kernel and machine ('cells' lists them)
+  ./kexec-lab check -m handover            one kind of test; further words go to pytest
+  ./kexec-lab check --all                  every cell: some hours of work
+  ./kexec-lab shell                        a prompt in a guest with kexec-tools in it
+  ./kexec-lab tree ~/linux-kexec           a patched kernel tree to build yourself
+  ./kexec-lab --dry-run run                what 'run' would do, without doing it
+"""
+
+LOADERS = {"load": ("load", "load-nocheck"), "file": ("file",), "both": ("load", "load-nocheck", "file")}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad usage like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, f"'{self.prog} --help' tells what there is")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(prog="./kexec-lab", description=DESCRIPTION, epilog=EXAMPLES,
+                  formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    top.add_argument("--dry-run", action="store_true",
+                     help="print what would be installed, fetched, built and run, and do none of it")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(name: str, handler: Callable[[argparse.Namespace], int], text: str,
+            **options: object) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
+                                      allow_abbrev=False, **options)  # type: ignore[arg-type]
+        command.set_defaults(handler=handler)
+        command.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS,
+                             help="print what would be done, and do none of it")
+        return command
+
+    run = add("run", _run, "boot a kernel, hand over to the next, verify")
+    _cell_options(run)
+    run.add_argument("--loader", choices=tuple(LOADERS), default="both",
+                     help="load: kexec_load with and without purgatory's checks; file: kexec_file_load; "
+                          "both: all three (default)")
+    _base_options(run)
+    check = add("check", _check, "run the tests; options it does not know go to pytest", add_help=True)
+    check.add_argument("--all", action="store_true", help="every cell instead of two kernels' worth")
+    _accel_option(check)
+    _base_options(check)
+    shell = add("shell", _shell, "open a prompt in a guest")
+    _cell_options(shell)
+    _base_options(shell)
+    make = add("build", _build, "build a kernel")
+    make.add_argument("kernel", nargs="?", metavar="KERNEL", help="such as 4k-va48 (default)")
+    make.add_argument("--cell", metavar="NAME", help="the kernel of this cell")
+    _base_options(make)
+    export = add("tree", _tree, "write a whole patched kernel tree to a new folder")
+    export.add_argument("dir", type=Path, metavar="DIR")
+    _base_options(export)
+    regenerate = add("series", _series, "regenerate patches/ from series/ and the owned files")
+    regenerate.add_argument("--record-base", action="store_true",
+                            help="record the base's copies of the owned files in series/base.json first")
+    _base_options(regenerate)
+    add("cells", _cells, "list the cells: kernels, and machines to run them on")
+    clean = add("clean", _clean, "remove what this checkout built")
+    clean.add_argument("--all", action="store_true", help="the whole cache too: downloads, base, compiler results")
+    return top
+
+
+def _cell_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--cell", metavar="NAME", default=cells.DEFAULT.name,
+                         help=f"kernel and machine (default: {cells.DEFAULT.name}; './kexec-lab cells' lists them)")
+    _accel_option(command)
+
+
+def _accel_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--accel", choices=("tcg", "kvm"), default="kvm" if host.has_kvm() else "tcg",
+                         help="tcg emulates (default on a machine that is not arm64); kvm needs an arm64 host")
+
+
+def _base_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--kernel-src", type=Path, metavar="DIR",
+                         help="use this kernel tree as the base (also: KERNEL_SRC=DIR)")
+    command.add_argument("--any-base", action="store_true",
+                         help="accept a base whose copies of the owned files differ from the recorded ones")
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; returns its exit status: 0, 1 (failed), 2 (bad usage) or 130 (interrupted)."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _dispatch(arguments)
+    except LabError as error:
+        print(f"kexec-lab: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("kexec-lab: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _dispatch(arguments: list[str]) -> int:
+    top = parser()
+    if not arguments:
+        top.print_help()
+        return 0
+    args, rest = top.parse_known_args(arguments)
+    if rest and args.command != "check":
+        raise UsageError(f"unknown: {' '.join(rest)}", f"'./kexec-lab {args.command} --help' tells what there is")
+    args.pytest = rest
+    _validate(args)
+    if args.dry_run:
+        _explain(args)
+        return 0
+    return args.handler(args)
+
+
+def _validate(args: argparse.Namespace) -> None:
+    """What is wrong with a command is said before anything is downloaded or built."""
+    if getattr(args, "accel", "tcg") == "kvm" and not host.has_kvm():
+        raise UsageError("--accel kvm needs an arm64 host with a usable /dev/kvm", "leave it out, or say --accel tcg")
+    if getattr(args, "any_base", False):
+        os.environ[base.ANY_BASE] = "1"
+    if getattr(args, "kernel_src", None):
+        os.environ["KERNEL_SRC"] = str(args.kernel_src.resolve())
+    if getattr(args, "cell", None):
+        cells.cell(args.cell)
+    if args.command == "build":
+        if args.kernel and args.cell:
+            raise UsageError("a kernel and a cell are named", "name one of them")
+        args.kernel = cells.kernel(args.kernel) if args.kernel else cells.cell(args.cell or cells.DEFAULT.name).kernel
+
+
+def _run(args: argparse.Namespace) -> int:
+    from lab import run
+    return run.main(args)
+
+
+def _shell(args: argparse.Namespace) -> int:
+    from lab import shell
+    return shell.main(args)
+
+
+def _pytest_command(args: argparse.Namespace) -> list[str]:
+    selection = [] if any(Path(word.split("::")[0]).exists() for word in args.pytest if word[:1] != "-") \
+        else [str(paths.ROOT / "tests")]
+    return ["/usr/bin/python3", "-m", "pytest", *(["--all"] if args.all else []), *selection, *args.pytest]
+
+
+def _check(args: argparse.Namespace) -> int:
+    host.require("base", "build", "boot", "dtb", "test", "lint")
+    os.chdir(paths.ROOT)
+    os.environ["KEXEC_LAB_ACCEL"] = args.accel  # for tests/conftest.py
+    command = _pytest_command(args)
+    os.execv(command[0], command)
+
+
+def _build(args: argparse.Namespace) -> int:
+    built = build.build(args.kernel, base.source(args.kernel_src))
+    say.info(f"{built.image}")
+    return 0
+
+
+def _tree(args: argparse.Namespace) -> int:
+    tree.export(base.source(args.kernel_src), args.dir)
+    say.info(f"to build it: make -C {args.dir} ARCH=arm64 CROSS_COMPILE={host.CROSS_COMPILE} defconfig Image")
+    return 0
+
+
+def _series(args: argparse.Namespace) -> int:
+    source = base.source(args.kernel_src)
+    the_series = series.load()
+    if args.record_base:
+        say.info(f"recorded {source.version} in {base.record(source, the_series.owned)}")
+    base.check_originals(source, the_series.owned)
+    changed = series.write(series.generate(the_series, source.tree), paths.ROOT / "patches")
+    say.info("patches/: " + (", ".join(changed) if changed else "nothing changed"))
+    return 0
+
+
+def _cells(args: argparse.Namespace) -> int:
+    rows = [("CELL", "EL", "CPU", "CPUS", "MEMORY", "RODATA", "KASLR", "FURTHER")]
+    for cell in cells.CELLS.values():
+        further = " ".join(cell.append) + (" holes" if cell.holes else "") + (" (core)" if cell.core else "")
+        rows.append((cell.name, cell.el, cell.cpu, str(cell.cpus), f"{cell.memory} MiB", cell.rodata,
+                     "on" if cell.kaslr else "off", further.strip()))
+    widths = [max(len(row[column]) for row in rows) for column in range(7)]
+    for row in rows:
+        print("  ".join(value.ljust(width) for value, width in zip(row, widths)) + "  " + row[7])
+    print(f"\nkernels: {' '.join(cells.KERNELS)}\n(core): part of a plain 'check'; the others with 'check --all'")
+    return 0
+
+
+def _clean(args: argparse.Namespace) -> int:
+    with lock.held(paths.CACHE / "build.lock", "the compiler"), lock.held(paths.CACHE / "lock", "the cache"):
+        for folder in _cleaned(args):
+            say.info(f"removing {folder}")
+            shutil.rmtree(folder)
+    return 0
+
+
+def _cleaned(args: argparse.Namespace) -> list[Path]:
+    folders = [paths.OUT, *sorted((paths.CACHE / "work").glob(f"{paths.CHECKOUT_ID}-*"))]
+    if args.all:
+        folders = [paths.OUT, *sorted(path for path in paths.CACHE.glob("*") if path.is_dir())]
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _explain(args: argparse.Namespace) -> None:
+    """What a command would do, in the order in which it would."""
+    needs = {"run": ("base", "build", "boot", "dtb"), "shell": ("base", "build", "boot", "dtb"),
+             "check": ("base", "build", "boot", "dtb", "test", "lint"), "build": ("base", "build"),
+             "tree": ("base",), "series": ("base",)}.get(args.command, ())
+    missing = host.missing_packages(*needs) if needs and host.is_debian() else []
+    if missing:
+        print(f"install: {' '.join(missing)}")
+    if needs:
+        hand = os.environ.get("KERNEL_SRC")
+        print(f"base:    {hand or f'{base.PACKAGE} from {base.SUITE}, through apt, unpacked below {paths.CACHE}'}")
+    if args.command in ("run", "shell"):
+        cell = cells.cell(args.cell)
+        print(f"build:   kernel {cell.kernel.name}, guest initramfs (busybox-static, kexec-tools for arm64)")
+        print(f"boot:    {cell.name} under qemu-system-aarch64, {args.accel}: {cell.cpu}, {cell.cpus} CPUs, "
+              f"{cell.memory} MiB, {cell.el}")
+    if args.command == "run":
+        print(f"load:    {', '.join(LOADERS[args.loader])}; execute and verify each")
+        print(f"write:   {paths.OUT / 'run.json'}")
+    elif args.command == "check":
+        print(f"run:     {' '.join(_pytest_command(args))}")
+    elif args.command == "build":
+        print(f"build:   kernel {args.kernel.name}")
+    elif args.command == "tree":
+        print(f"write:   {args.dir}")
+    elif args.command == "series":
+        print(f"write:   {paths.ROOT / 'patches'}")
+    elif args.command == "clean":
+        for folder in _cleaned(args):
+            print(f"remove:  {folder}")

@@ -1,0 +1,146 @@
+"""kexec_load() with segments of our own choice, through the guest's kload."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Sequence
+
+from lab import fdt, qemu
+from lab.machine import Machine
+
+MIB = 1 << 20
+MAX_RANGES = 10  # kexec_load() takes 16 segments
+IMAGE_SIZE = 16  # offset of image_size in an arm64 Image (booting.rst)
+
+SEED = 0x6B657865632D6C61  # for KASLR: any number but 0
+
+# Enters a kernel as booting.rst has it: x0 is the device tree, x1 to x3 are 0.
+TRAMPOLINE = struct.pack("<8I",
+                         0x58000100,  # ldr x0, .+32
+                         0x58000124,  # ldr x4, .+36
+                         0xAA1F03E1,  # mov x1, xzr
+                         0xAA1F03E2,  # mov x2, xzr
+                         0xAA1F03E3,  # mov x3, xzr
+                         0xD61F0080,  # br x4
+                         0xD503201F, 0xD503201F)  # nop, and then two addresses
+TRAMPOLINE_SIZE = 64  # bytes, keeps what follows aligned
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Destination (physical address, size in bytes) and contents, as kload's source describes them."""
+
+    mem: int
+    memsz: int
+    contents: str = "zero"
+
+    @property
+    def end(self) -> int:
+        return self.mem + self.memsz
+
+
+def kload(m: Machine, segments: Sequence[Segment], entry: int | None = None, flags: int | None = None) -> str:
+    """Call kexec_load(); returns the name of the error, or "0". `entry` None is the first segment."""
+    lines = [f"segment {s.mem:#x} {s.memsz:#x} {s.contents}" for s in segments]
+    if entry is None and segments:
+        entry = segments[0].mem
+    lines.append(f"entry {entry or 0:#x}")
+    if flags is not None:
+        lines.append(f"flags {flags:#x}")
+    text = "\n".join(lines)
+    result = m.run(f"kload <<EOF\n{text}\nEOF", timeout=300)
+    if result.rc > 1:
+        raise ValueError(f"kload: {result.out}")
+    return result.out.strip()
+
+
+def used_ranges(m: Machine) -> list[tuple[int, int]]:
+    """Start and end of the ranges of memory that the running kernel uses for itself."""
+    ranges: list[tuple[int, int]] = []
+    for line in m.sh("kpages used", timeout=300).splitlines():
+        start, size = (int(word, 16) for word in line.split())
+        ranges.append((start, start + size))
+    return ranges
+
+
+def kernel_base(m: Machine) -> int:
+    """Physical address of the running kernel's Image."""
+    for line in m.sh("cat /proc/iomem").splitlines():
+        if "Kernel code" in line:
+            return int(line.strip().split("-")[0], 16) & ~(2 * MIB - 1)
+    raise ValueError("no 'Kernel code' in /proc/iomem")
+
+
+def merge(ranges: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
+    """Ranges with those that are at most `gap` apart made one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if merged and start - merged[-1][1] <= gap:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def subtract(ranges: Sequence[tuple[int, int]], taken: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What of `ranges` lies in none of `taken`."""
+    left = list(ranges)
+    for low, high in taken:
+        left = [piece for start, end in left
+                for piece in ((start, min(end, low)), (max(start, high), end)) if piece[0] < piece[1]]
+    return left
+
+
+def device_tree(m: Machine, initrd_start: int, initrd_end: int) -> bytes:
+    """The running kernel's device tree, with the next one's command line and initrd."""
+    tree = fdt.parse(m.get("/sys/firmware/fdt"))
+    parameters = f"{qemu.parameters(m.boot.cell)} lab.gen={m.generation + 1}"
+    tree.root.node("chosen").properties |= {
+        "bootargs": fdt.string(parameters),
+        "linux,initrd-start": fdt.pairs(initrd_start),
+        "linux,initrd-end": fdt.pairs(initrd_end),
+        "kaslr-seed": fdt.pairs(SEED),  # a kernel wipes the one it was given
+    }
+    return fdt.flatten(tree)
+
+
+def load_over_running_kernel(m: Machine) -> list[Segment]:
+    """Load the next kernel onto everything that the running one uses.
+
+    The Image goes where the running one is, with the initrd behind it; segments
+    of zeros cover whatever else the kernel uses: its page tables, stacks and
+    data of every kind. Returns the segments. Raises AssertionError if the
+    kernel refuses them.
+    """
+    m.sh("fetch", timeout=300)
+    used = used_ranges(m)
+    page = m.boot.cell.kernel.pages * 1024
+
+    def aligned(size: int) -> int:
+        return -(-size // page) * page
+
+    with open(m.built.image, "rb") as image:
+        image_size = struct.unpack_from("<Q", image.read(64), IMAGE_SIZE)[0]
+    kernel = Segment(kernel_base(m), aligned(image_size), "file /next/Image")
+    initrd_size = m.guest.next.stat().st_size
+    initrd = Segment(kernel.end, aligned(initrd_size), "file /next/initrd")
+    gap = MIB
+    while len(merge(used, gap)) > MAX_RANGES:
+        gap *= 2
+    rest = subtract(merge(used, gap), [(kernel.mem, kernel.end), (initrd.mem, initrd.end)])
+
+    # The device tree takes the place of something, too: the end of the last.
+    tree = device_tree(m, initrd.mem, initrd.mem + initrd_size)
+    size = aligned(TRAMPOLINE_SIZE + len(tree))
+    dtb_at = rest[-1][1] - size
+    code = TRAMPOLINE + struct.pack("<2Q", dtb_at + TRAMPOLINE_SIZE, kernel.mem)
+    blob = code.ljust(TRAMPOLINE_SIZE, b"\0") + tree
+    m.put("/tmp/dtb", blob)
+    dtb = Segment(dtb_at, size, "file /tmp/dtb")
+    zeros = [Segment(start, end - start) for start, end in subtract(rest, [(dtb.mem, dtb.end)])]
+    segments = [kernel, initrd, dtb, *zeros]
+    assert not subtract(used, [(s.mem, s.end) for s in segments])
+    error = kload(m, segments, entry=dtb.mem)
+    assert error == "0", f"{error}: {segments}"
+    return segments

@@ -1,0 +1,117 @@
+"""QEMU's command line for a cell."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lab import fdt, proc
+from lab.cells import Cell
+from lab.errors import UsageError
+
+QEMU = "qemu-system-aarch64"
+RAM_BASE = 0x40000000
+MIB = 1 << 20
+PORT = "lab"  # name of the virtio-serial port that the guest's init looks for
+
+
+@dataclass(frozen=True)
+class Boot:
+    """What QEMU is told to boot: a cell with its files. `dtb` only where the cell asks for one."""
+
+    cell: Cell
+    image: Path
+    initrd: Path
+    next_image: Path
+    next_initrd: Path
+    accel: str = "tcg"
+    dtb: Path | None = None
+
+
+def machine(cell: Cell, accel: str) -> list[str]:
+    """CPUs and memory. Raises UsageError where KVM cannot do what the cell is about.
+
+    Without an ITS: booted without EFI, a second kernel takes the first one's
+    LPI tables for its own even where its own image lies on them, and wipes them.
+    """
+    if accel == "kvm" and cell.el != "el1":
+        raise UsageError(f"{cell.name} needs a guest with EL2, which KVM does not give it",
+                         "leave out --accel kvm, or take one of the el1 cells")
+    el2 = ",virtualization=on" if cell.el != "el1" else ""
+    return ["-machine", f"virt,gic-version=3,its=off{el2},memory-backend=ram",
+            "-object", f"memory-backend-ram,id=ram,size={cell.memory}M,reserve=off",
+            "-m", f"{cell.memory}M",
+            "-accel", accel,
+            "-cpu", "host" if accel == "kvm" else cell.cpu,
+            "-smp", str(cell.cpus),
+            "-nodefaults", "-display", "none", "-no-reboot"]
+
+
+def parameters(cell: Cell) -> str:
+    """The kernel's command line. Whoever hands over adds lab.gen=<number of the next kernel>."""
+    words = ["console=ttyAMA0", "earlycon", "panic=-1", 'dyndbg="file machine_kexec.c +p"',
+             f"rodata={cell.rodata}", *cell.append]
+    if not cell.kaslr:
+        words.append("nokaslr")
+    return " ".join(words)
+
+
+def arguments(boot: Boot) -> list[str]:
+    """All that a boot by hand and one by the laboratory have in common."""
+    def disk(name: str, path: Path) -> list[str]:
+        return ["-drive", f"if=none,id={name},file={path},format=raw,readonly=on",
+                "-device", f"virtio-blk-device,drive={name},serial={name}"]
+
+    return [QEMU, *machine(boot.cell, boot.accel),
+            *(["-dtb", str(boot.dtb)] if boot.dtb else []),
+            "-kernel", str(boot.image), "-initrd", str(boot.initrd), "-append", parameters(boot.cell),
+            *disk("Image", boot.next_image), *disk("initrd", boot.next_initrd)]
+
+
+def on_terminal(boot: Boot) -> list[str]:
+    """The same with the console, and a shell, on the terminal."""
+    return [*arguments(boot), "-serial", "mon:stdio"]
+
+
+def by_hand(boot: Boot) -> str:
+    """That as a line to paste."""
+    return shlex.join(on_terminal(boot))
+
+
+def channels(console: Path, port_fd: int, qmp_fd: int) -> list[str]:
+    """Console to a file; verdicts and QEMU's monitor over connected sockets."""
+    return ["-serial", f"file:{console}",
+            "-chardev", f"socket,id=port,fd={port_fd}",
+            "-device", "virtio-serial-device", "-device", f"virtserialport,chardev=port,name={PORT}",
+            "-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"]
+
+
+def holes(memory: int) -> list[tuple[int, int]]:
+    """Physical address and size of the no-map holes in a machine with `memory` MiB.
+
+    Multiples of 64 KiB, the largest page; clear of what QEMU loads.
+    """
+    middle, end = RAM_BASE + memory * MIB // 2, RAM_BASE + memory * MIB
+    return [(RAM_BASE + 0x10000, 0x10000),  # one page beside the first of RAM
+            (middle + 0x130000, 0x10000),  # one page in the middle of nowhere
+            (middle + 4 * MIB - 0x20000, 0x50000),  # across a block boundary, with ragged ends
+            (middle + 8 * MIB, 2 * MIB),  # exactly one block of 4 KiB pages
+            (middle + 16 * MIB + 0x50000, 11 * MIB),  # some blocks and a bit
+            (end - 0x30000, 0x10000)]  # two pages short of the end
+
+
+def prepare(boot: Boot, path: Path) -> Boot:
+    """`boot`, with a device tree at `path` if its cell asks for one: QEMU's own with the holes in it."""
+    if not boot.cell.holes:
+        return boot
+    options = machine(boot.cell, boot.accel)
+    options[1] += f",dumpdtb={path}"
+    proc.run([QEMU, *options])
+    tree = fdt.parse(path.read_bytes())
+    reserved = tree.root.node("reserved-memory")
+    reserved.properties |= {"#address-cells": fdt.cell(2), "#size-cells": fdt.cell(2), "ranges": b""}
+    for start, size in holes(boot.cell.memory):
+        reserved.node(f"hole@{start:x}").properties |= {"reg": fdt.pairs(start, size), "no-map": b""}
+    path.write_bytes(fdt.flatten(tree))
+    return replace(boot, dtb=path)

@@ -1,0 +1,81 @@
+"""The matrix covers what it says it covers."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+
+from lab import cells
+from lab.cells import A57, A72, CELLS, KERNELS, MAX, MAX_NOLPA2, VA_BITS, Kernel
+from lab.errors import UsageError
+
+ALL = list(CELLS.values())
+LEVELS = ("el1", "nvhe", "vhe")
+MEMORY = (512, 1537, 2048, 16384, 65536)
+
+
+def test_every_kernel_at_every_exception_level() -> None:
+    met = {(cell.kernel, cell.el) for cell in ALL}
+    kernels = {Kernel(pages, va) for pages, all_va in VA_BITS.items() for va in all_va}
+    assert {(kernel, el) for kernel in kernels for el in LEVELS} <= met
+
+
+@pytest.mark.parametrize("field, values", [
+    ("cpu", (A57, A72, MAX, MAX_NOLPA2)), ("cpus", (1, 2, 4)), ("memory", MEMORY), ("rodata", ("on", "full")),
+    ("kaslr", (True, False))])
+def test_every_value_several_times_and_at_every_level_that_can(field: str, values: tuple[object, ...]) -> None:
+    for value in values:
+        having = [cell for cell in ALL if getattr(cell, field) == value]
+        levels = ("el1", "nvhe") if value in (A57, A72) else LEVELS
+        assert len(having) >= 3
+        assert {cell.el for cell in having} == set(levels), f"{field}={value}"
+
+
+def test_every_pair_of_small_dimensions() -> None:
+    dimensions = {"el": LEVELS, "cpus": (1, 2, 4), "rodata": ("on", "full"), "kaslr": (True, False)}
+    for one, other in combinations(dimensions, 2):
+        met = {(getattr(cell, one), getattr(cell, other)) for cell in ALL}
+        missing = {(a, b) for a in dimensions[one] for b in dimensions[other]} - met
+        assert not missing, f"{one} x {other}"
+
+
+def test_special_machines() -> None:
+    assert {cell.memory for cell in ALL if cell.rodata == "full"} >= set(MEMORY)
+    assert {cell.el for cell in ALL if cell.holes} == set(LEVELS)
+    assert {cell.el for cell in ALL if any(word.startswith("cma=") for word in cell.append)} == set(LEVELS)
+    debug = [cell for cell in ALL if cell.kernel.flavour == "debug"]
+    assert {cell.el for cell in debug} == set(LEVELS)
+    assert all("panic_on_warn=1" in cell.append for cell in debug)
+    assert any("arm64.nolva" in cell.append for cell in ALL if cell.kernel == Kernel(64, 52))
+
+
+@pytest.mark.parametrize("cell", ALL, ids=list(CELLS))
+def test_a_cpu_can_do_what_its_cell_asks(cell: cells.Cell) -> None:
+    assert CELLS[cell.name] is cell
+    assert cell.name.startswith(cell.kernel.name + "-" + cell.el)
+    if cell.cpu in (A57, A72):
+        assert cell.el != "vhe"
+        assert cell.kernel.pages != 16
+    if cell.cpu.startswith("max"):
+        assert ("kvm-arm.mode=nvhe" in cell.append) == (cell.el == "nvhe")
+
+
+def test_a_plain_check_needs_two_kernels_and_meets_every_level() -> None:
+    core = [cell for cell in ALL if cell.core]
+    assert {cell.kernel.name for cell in core} == {"4k-va48", "64k-va52"}
+    assert {(cell.kernel.name, cell.el) for cell in core} == {(k, el) for k in ("4k-va48", "64k-va52") for el in LEVELS}
+    assert cells.DEFAULT in core
+
+
+def test_the_unpatched_kernel_is_there_to_compare_with() -> None:
+    assert not KERNELS["4k-va48-base"].patched
+
+
+def test_an_unknown_name_is_answered_with_those_there_are() -> None:
+    with pytest.raises(UsageError, match="no cell is called 'nope'") as raised:
+        cells.cell("nope")
+    assert cells.DEFAULT.name in raised.value.hint
+    with pytest.raises(UsageError, match="no kernel is called '8k-va48'") as raised:
+        cells.kernel("8k-va48")
+    assert "64k-va52" in raised.value.hint

@@ -1,0 +1,51 @@
+"""Every kind of machine hands over by every loader, three times in a row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lab.cells import CELLS, KERNELS, Cell
+from lab.handover import LOADERS, Handover, handover
+from lab.machine import Machine
+
+TABLES = 16  # pages, whatever the memory
+PLAIN = {"4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1", "64k-va52-vhe", "64k-va52-nvhe", "64k-va52-el1"}
+MAINLINE = [replace(CELLS[name], name=f"{name}-base", kernel=KERNELS["4k-va48-base"], core=False)
+            for name in ("4k-va48-vhe-512m", "4k-va48-vhe-1537m", "4k-va48-vhe", "4k-va48-vhe-16g", "4k-va48-vhe-64g")]
+
+
+def chain(m: Machine) -> list[Handover]:
+    """Hand over by each loader in turn; the tables are also counted from outside where that can be done."""
+    in_cma = any(word.startswith("cma=") for word in m.boot.cell.append)
+    done = []
+    for loader in LOADERS:
+        one = handover(m, loader, count_pages=loader == "load-nocheck" and not in_cma)
+        m.report(f"   {m.boot.cell.name}: {one}")
+        done.append(one)
+    return done
+
+
+@pytest.mark.handover
+@pytest.mark.matrix
+@pytest.mark.cells(*(CELLS[name] for name in PLAIN))
+def test_every_loader_at_every_exception_level(machine: Machine) -> None:
+    for one in chain(machine):
+        assert one.table_pages is not None and one.table_pages <= TABLES
+
+
+@pytest.mark.matrix
+@pytest.mark.cells(*(cell for cell in CELLS.values() if cell.name not in PLAIN))
+def test_every_loader_on_every_machine(machine: Machine) -> None:
+    for one in chain(machine):
+        assert one.table_pages is not None and one.table_pages <= TABLES
+
+
+@pytest.mark.matrix
+@pytest.mark.cells(*MAINLINE)
+def test_what_mainline_needs(cell: Cell, machine: Machine) -> None:
+    """The peer, under the same conditions: a page of tables per 2 MiB, and our counting sees them."""
+    one = handover(machine, "load-nocheck", count_pages=True)
+    machine.report(f"   {cell.name}: {one.table_pages} table pages")
+    assert one.table_pages is not None and one.table_pages >= cell.memory // 2
