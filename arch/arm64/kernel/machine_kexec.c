@@ -15,8 +15,11 @@
 #include <linux/cpu.h>
 #include <linux/errno.h>
 #include <linux/kexec.h>
+#include <linux/list.h>
+#include <linux/memblock.h>
 #include <linux/memory_hotplug.h>
 #include <linux/mm.h>
+#include <linux/panic.h>
 #include <linux/printk.h>
 #include <linux/smp.h>
 #include <linux/string.h>
@@ -54,6 +57,35 @@ void machine_kexec_cleanup(struct kimage *image)
 {
 }
 
+static bool kexec_is_destination(const struct kimage *image, phys_addr_t start,
+				 phys_addr_t size)
+{
+	unsigned long i;
+
+	for (i = 0; i < image->nr_segments; i++) {
+		const struct kexec_segment *segment = &image->segment[i];
+
+		if (start < segment->mem + segment->memsz &&
+		    segment->mem < start + size)
+			return true;
+	}
+
+	return false;
+}
+
+static bool kexec_is_nomap(phys_addr_t start, phys_addr_t end)
+{
+	struct memblock_region *region;
+
+	for_each_mem_region(region) {
+		if (memblock_is_nomap(region) && start < region->base + region->size &&
+		    region->base < end)
+			return true;
+	}
+
+	return false;
+}
+
 /*
  * The segments are copied, or flushed, through mappings of memory. An address
  * that has none would be a fault beyond the point of no return.
@@ -65,18 +97,27 @@ static int kexec_check_segments(const struct kimage *image)
 	for (i = 0; i < image->nr_segments; i++) {
 		phys_addr_t start = image->segment[i].mem;
 		phys_addr_t end = start + image->segment[i].memsz;
-		bool ok;
+		bool covered, nomap;
 
 		get_online_mems();
-		ok = trans_pgd_linear_covers(start, end);
+		covered = trans_pgd_linear_covers(start, end);
+		nomap = kexec_is_nomap(start, end);
 		put_online_mems();
+		if (covered)
+			continue;
 
-		if (!ok) {
-			pr_err("segment %lu: %pa-%pa is not all memory that the kernel may use\n",
+		if (nomap) {
+			pr_err("segment %lu: %pa-%pa has memory that firmware keeps (no-map)\n",
 			       i, &start, &end);
-			return -EADDRNOTAVAIL;
+			return -EACCES;
 		}
+
+		pr_err("segment %lu: %pa-%pa is not all memory\n", i, &start, &end);
+		return -EADDRNOTAVAIL;
 	}
+
+	if (!kexec_is_destination(image, image->start, 4))
+		pr_warn("entry %#lx is not in a segment\n", image->start);
 
 	return 0;
 }
@@ -88,7 +129,8 @@ static int kexec_check_segments(const struct kimage *image)
  * Context: process context, kexec lock held.
  *
  * Return: 0, -EBUSY if a CPU could not leave the kernel that is about to be
- * overwritten, -EADDRNOTAVAIL if a destination is not memory.
+ * overwritten, -EADDRNOTAVAIL if a destination is not memory, -EACCES if it is
+ * memory that must not be mapped.
  */
 int machine_kexec_prepare(struct kimage *image)
 {
@@ -177,18 +219,28 @@ static void kexec_flush_in_place(const struct kimage *image, bool all)
 	}
 }
 
+/* The arguments in the control page of @image, in the linear map */
+static struct kexec_control_args *kexec_args(const struct kimage *image)
+{
+	return page_address(image->control_code_page) +
+	       (kexec_control_args - __relocate_new_kernel_start);
+}
+
 static void kexec_fill_control_page(struct kimage *image, u64 ttbr1)
 {
+	struct kexec_control_args *args = kexec_args(image);
 	char *page = page_address(image->control_code_page);
 	unsigned long start = (unsigned long)page;
-	struct kexec_control_args *args;
+	u64 *handler;
 
 	memcpy(page, __relocate_new_kernel_start,
 	       __relocate_new_kernel_end - __relocate_new_kernel_start);
 	memcpy(page + TRANS_PGD_VECTORS_OFFSET, trans_pgd_vectors,
 	       ARM64_VECTOR_TABLE_LEN);
 
-	args = (void *)page + (kexec_control_args - __relocate_new_kernel_start);
+	handler = (u64 *)(page + TRANS_PGD_VECTORS_OFFSET + TRANS_PGD_HANDLER_OFFSET);
+	*handler = virt_to_phys(page) + (kexec_fault - __relocate_new_kernel_start);
+
 	*args = (struct kexec_control_args) {
 		.ttbr1		= ttbr1,
 		.reserved_ttbr1	= __pa_symbol(reserved_pg_dir),
@@ -198,6 +250,8 @@ static void kexec_fill_control_page(struct kimage *image, u64 ttbr1)
 		.dtb_mem	= image->arch.dtb_mem,
 		.el2		= is_hyp_nvhe(),
 	};
+	kexec_report_init(args);
+	kexec_verify_init(image, args);
 
 	/*
 	 * Clean to the PoC: its end is executed with the MMU off, and so are
@@ -205,6 +259,52 @@ static void kexec_fill_control_page(struct kimage *image, u64 ttbr1)
 	 */
 	dcache_clean_inval_poc(start, start + KEXEC_CONTROL_PAGE_SIZE);
 	icache_inval_pou(start, start + KEXEC_CONTROL_PAGE_SIZE);
+}
+
+/*
+ * What relocation still has to read must not be overwritten by it. The core
+ * allocates pages accordingly; that it did costs little to check.
+ */
+static int kexec_check_pages(const struct kimage *image)
+{
+	const kimage_entry_t *ptr = &image->head;
+	struct page *page;
+	kimage_entry_t entry;
+	phys_addr_t dest = 0;
+
+	while ((entry = *ptr++) && !(entry & IND_DONE)) {
+		phys_addr_t addr = entry & PAGE_MASK;
+		bool clash = false;
+
+		if (entry & IND_INDIRECTION) {
+			ptr = phys_to_virt(addr);
+			clash = kexec_is_destination(image, addr, PAGE_SIZE);
+		} else if (entry & IND_DESTINATION) {
+			dest = addr;
+		} else if (entry & IND_SOURCE) {
+			clash = addr != dest &&
+				kexec_is_destination(image, addr, PAGE_SIZE);
+			dest += PAGE_SIZE;
+		}
+
+		if (clash) {
+			pr_err("page %pa is still needed while it is overwritten\n",
+			       &addr);
+			return -EADDRINUSE;
+		}
+	}
+
+	list_for_each_entry(page, &image->control_pages, lru) {
+		phys_addr_t addr = page_to_phys(page);
+		phys_addr_t size = PAGE_SIZE << page_private(page);
+
+		if (kexec_is_destination(image, addr, size)) {
+			pr_err("control page %pa would be overwritten\n", &addr);
+			return -EADDRINUSE;
+		}
+	}
+
+	return 0;
 }
 
 /**
@@ -217,7 +317,8 @@ static void kexec_fill_control_page(struct kimage *image, u64 ttbr1)
  *
  * Context: process context, kexec lock held.
  *
- * Return: 0, or -ENOMEM; whatever was loaded before @image is untouched.
+ * Return: 0, -ENOMEM, or -EADDRINUSE if a page of the image itself lies in a
+ * destination; whatever was loaded before @image is untouched.
  */
 int machine_kexec_post_load(struct kimage *image)
 {
@@ -233,6 +334,7 @@ int machine_kexec_post_load(struct kimage *image)
 	kexec_flush_in_place(image, !image->arch.relocate);
 	if (!image->arch.relocate) {
 		kexec_info("0 table pages\n");
+		kexec_verify_init(image, NULL);
 		return 0;
 	}
 
@@ -249,6 +351,10 @@ int machine_kexec_post_load(struct kimage *image)
 	}
 
 	kexec_info("%u table pages\n", linear.nr_pages + idmap.nr_pages);
+
+	ret = kexec_check_pages(image);
+	if (ret)
+		return ret;
 
 	image->arch.ttbr0 = phys_to_ttbr(virt_to_phys(idmap.root));
 	image->arch.t0sz = TCR_T0SZ(idmap.va_bits);
@@ -282,8 +388,14 @@ void __nocfi machine_kexec(struct kimage *image)
 	local_daif_mask();
 
 	if (image->arch.relocate) {
+		struct kexec_control_args *args = kexec_args(image);
 		phys_addr_t control = page_to_phys(image->control_code_page);
 		void (*relocate)(void) = (void *)control;
+
+		/* What ends a fault reads it with the MMU off */
+		args->panic_timeout = panic_timeout;
+		dcache_clean_inval_poc((unsigned long)args,
+				       (unsigned long)(args + 1));
 
 		if (is_hyp_nvhe())
 			__hyp_set_vectors(control + TRANS_PGD_VECTORS_OFFSET);

@@ -7,15 +7,44 @@
 
 #include <linux/kexec.h>
 #include <linux/linkage.h>
+#include <uapi/linux/psci.h>
 
 #include <asm/asm-offsets.h>
 #include <asm/assembler.h>
 #include <asm/brk-imm.h>
 #include <asm/kexec.h>
 #include <asm/page.h>
+#include <asm/ptrace.h>
 #include <asm/sysreg.h>
 #include <asm/trans_pgd.h>
 #include <asm/virt.h>
+
+	.arch_extension crc
+
+	.section ".kexec_relocate.text", "ax"
+
+/*
+ * crc_line - fold the 64 bytes in x0 to x7 into the CRC32C of the segment
+ */
+	.macro	crc_line, crc
+	.irp	n, 0, 1, 2, 3, 4, 5, 6, 7
+	crc32cx	\crc, \crc, x\n
+	.endr
+	.endm
+
+	.macro	load_line, src
+	ldp	x0, x1, [\src]
+	ldp	x2, x3, [\src, #16]
+	ldp	x4, x5, [\src, #32]
+	ldp	x6, x7, [\src, #48]
+	.endm
+
+	.macro	store_line, dst
+	stp	x0, x1, [\dst]
+	stp	x2, x3, [\dst, #16]
+	stp	x4, x5, [\dst, #32]
+	stp	x6, x7, [\dst, #48]
+	.endm
 
 /*
  * arm64_relocate_new_kernel - put the segments of an image in place, enter it
@@ -32,11 +61,14 @@
  *  - MMU and caches on, TTBR0 maps the control page at its physical address,
  *    read-only, and the PC is there; TTBR1 is the kernel's own;
  *  - no register holds an argument, there is no stack.
- * It does not return.
+ * It does not return. Whatever goes wrong ends in kexec_fault.
  *
  * Registers:
+ *  x14	expected CRC and number of the current segment: kexec_control_crc
+ *  x15	not 0: verify
+ *  w16	CRC32C of the current segment so far
  *  x19	destination of the next page, linear map
- *  x20	source page, linear map
+ *  x20	source of the page, linear map
  *  x21	next entry of the list, linear map
  *  x22	current entry
  *  x23	from a physical address to the linear map
@@ -44,21 +76,27 @@
  *  x25	entry to the image, physical
  *  x26	device tree, physical, or 0
  *  x27	not 0: leave through EL2
- *  x0 - x9	scratch
+ *  x28	struct kexec_control_args, physical
+ *  x0 - x10 scratch
  */
-	.section ".kexec_relocate.text", "ax"
 SYM_CODE_START(arm64_relocate_new_kernel)
 	/* With VHE, this is VBAR_EL2 */
 	adr	x0, arm64_relocate_new_kernel
 	add	x0, x0, #TRANS_PGD_VECTORS_OFFSET
+	msr	tpidrro_el0, xzr	// no fault so far, see kexec_fault
 	msr	vbar_el1, x0
 	isb				// no exception may find the old vectors
+	msr	daifclr, #PSR_A_BIT >> 6	// report SErrors, don't bequeath them
 
-	adr	x9, kexec_control_args
-	ldp	x6, x7, [x9, #KEXEC_ARGS_TTBR1]	// and the reserved one
-	ldp	x23, x22, [x9, #KEXEC_ARGS_VA_OFFSET]	// and the head
-	ldp	x25, x26, [x9, #KEXEC_ARGS_START]	// and the device tree
-	ldr	x27, [x9, #KEXEC_ARGS_EL2]
+	adr	x28, kexec_control_args
+	ldp	x8, x9, [x28, #KEXEC_ARGS_TTBR1]	// and the reserved one
+	ldp	x23, x22, [x28, #KEXEC_ARGS_VA_OFFSET]	// and the head
+	ldp	x25, x26, [x28, #KEXEC_ARGS_START]	// and the device tree
+	ldr	x27, [x28, #KEXEC_ARGS_EL2]
+	ldr	x15, [x28, #KEXEC_ARGS_VERIFY]
+	add	x14, x28, #KEXEC_ARGS_CRC - KEXEC_CRC_SIZE
+	mov	x19, xzr
+	mov	x20, xzr
 	raw_dcache_line_size x24, x0
 
 	/*
@@ -67,7 +105,7 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 	 * so this goes by way of tables without entries and invalidates the
 	 * TLB in between.
 	 */
-	break_before_make_ttbr_switch x7, x6, x0, x1
+	break_before_make_ttbr_switch x9, x8, x0, x1
 
 .Lentry:
 	and	x0, x22, #PAGE_MASK
@@ -77,22 +115,57 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 	tbnz	x22, #IND_INDIRECTION_BIT, .Lindirection
 	tbnz	x22, #IND_DESTINATION_BIT, .Ldestination
 	tbnz	x22, #IND_DONE_BIT, .Ldone
-	brk	#FAULT_BRK_IMM		// not a list: stop in the vectors
+	brk	#FAULT_BRK_IMM		// the list is broken
 
 .Lindirection:
 	mov	x21, x0
 	b	.Lnext
 
+	/* A segment ends where the next one or the end of the list begins */
 .Ldestination:
+	bl	kexec_check_crc
 	mov	x19, x0
+	mov	w16, #~0
+	add	x14, x14, #KEXEC_CRC_SIZE
 	b	.Lnext
 
 .Lsource:
 	mov	x20, x0
+	mov	x8, x0
 	mov	x9, x19
+	add	x10, x8, #PAGE_SIZE
 	cmp	x19, x20		// the page may be in place already
-	b.eq	.Lclean
-	copy_page x9, x20, x0, x1, x2, x3, x4, x5, x6, x7
+	b.eq	.Lin_place
+	cbnz	x15, .Lcopy_crc
+
+.Lcopy:
+	prfm	pldl1strm, [x8, #512]	// beyond the page it does no harm
+	load_line x8
+	add	x8, x8, #64
+	store_line x9
+	add	x9, x9, #64
+	cmp	x8, x10
+	b.ne	.Lcopy
+	b	.Lclean
+
+.Lcopy_crc:
+	prfm	pldl1strm, [x8, #512]
+	load_line x8
+	add	x8, x8, #64
+	crc_line w16
+	store_line x9
+	add	x9, x9, #64
+	cmp	x8, x10
+	b.ne	.Lcopy_crc
+	b	.Lclean
+
+.Lin_place:
+	cbz	x15, .Lclean
+1:	load_line x8
+	add	x8, x8, #64
+	crc_line w16
+	cmp	x8, x10
+	b.ne	1b
 
 	/*
 	 * The image is entered with the MMU off, so it has to be clean to the
@@ -111,6 +184,8 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 	b	.Lentry
 
 .Ldone:
+	bl	kexec_check_crc
+
 	/*
 	 * Order the cache maintenance of all pages before everything that
 	 * follows: instruction fetches and accesses that bypass the caches.
@@ -119,6 +194,8 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 	ic	iallu			// the I-cache may hold what was there
 	dsb	nsh			// complete before the next fetch
 	isb
+
+	msr	daifset, #PSR_A_BIT >> 6
 
 	/* With VHE, this is SCTLR_EL2 */
 	mov_q	x9, INIT_SCTLR_EL1_MMU_OFF
@@ -141,6 +218,264 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 	mov	x3, xzr
 	br	x25
 SYM_CODE_END(arm64_relocate_new_kernel)
+
+/*
+ * kexec_check_crc - has the segment that ends here passed through unchanged?
+ *
+ * Expects x14 to x16 and x19 as above, x19 still 0 before the first segment.
+ * Corrupts x8 and x9.
+ */
+SYM_CODE_START_LOCAL(kexec_check_crc)
+	cbz	x15, 1f
+	cbz	x19, 1f
+	ldp	w8, w9, [x14]		// expected, number of the segment
+	cmp	w8, w16
+	b.ne	kexec_corrupt
+1:	ret
+SYM_CODE_END(kexec_check_crc)
+
+/*
+ * say - write a string, and then a register in hex if one is given
+ *
+ * Corrupts x0 to x7, x9 to x11 and x30.
+ */
+	.macro	say, text, value
+	.ifnb	\value
+	mov	x1, \value
+	.endif
+	adr	x0, .Ltext\@
+	.ifnb	\value
+	bl	kexec_puts_hex
+	.else
+	bl	kexec_puts
+	.endif
+	.subsection 1
+.Ltext\@:
+	.asciz	"\text"
+	.balign	4
+	.previous
+	.endm
+
+/*
+ * kexec_corrupt - report a segment whose CRC is not what it was at load
+ *
+ * w8: expected, w9: number of the segment, w16: found; x28 as above.
+ * Does not return.
+ */
+SYM_CODE_START_LOCAL(kexec_corrupt)
+	mov	w13, w8
+	mov	w17, w9
+	mov	w16, w16		// what say prints has 64 bits
+	mov	x12, xzr		// there is no vector
+	mov	x0, #1
+	msr	tpidrro_el0, x0		// as if a fault had been taken
+	bl	kexec_mmu_off
+	say	"\r\nkexec: corrupt image: segment ", x17
+	say	", CRC32C at load ", x13
+	say	", now ", x16
+	b	kexec_give_up
+SYM_CODE_END(kexec_corrupt)
+
+/*
+ * kexec_fault - report an exception: the handler of trans_pgd_vectors
+ *
+ * x30: address of the slot; x14, x19, x20 and x23 as above, if the registers
+ * can still be trusted. Does not return.
+ *
+ * tpidrro_el0, which no image relies on, counts the exceptions: one that is
+ * taken while the first is reported is not reported, one while giving up
+ * parks.
+ */
+SYM_CODE_START(kexec_fault)
+	mov	x12, x30
+	adr	x28, kexec_control_args
+	mrs	x0, tpidrro_el0
+	add	x1, x0, #1
+	msr	tpidrro_el0, x1
+	cbnz	x0, 3f
+
+	mrs	x0, CurrentEL
+	cmp	x0, #CurrentEL_EL2
+	b.eq	1f
+	mrs	x13, esr_el1
+	mrs	x17, elr_el1
+	mrs	x18, far_el1
+	mrs	x27, spsr_el1
+	b	2f
+1:	mrs	x13, esr_el2
+	mrs	x17, elr_el2
+	mrs	x18, far_el2
+	mrs	x27, spsr_el2
+2:	bl	kexec_mmu_off
+
+	say	"\r\nkexec: fault while relocating: "
+	ubfx	x0, x12, #9, #2		// slots come in groups of four
+	adr	x1, kexec_vector_group
+	add	x0, x1, x0, lsl #3
+	bl	kexec_puts
+	ubfx	x0, x12, #7, #2
+	adr	x1, kexec_vector_kind
+	add	x0, x1, x0, lsl #3
+	bl	kexec_puts
+	say	", ESR ", x13
+	say	" FAR ", x18
+	say	" SPSR ", x27
+	say	"\r\nkexec: ELR ", x17
+	adr	x8, arm64_relocate_new_kernel
+	sub	x8, x17, x8
+	say	", control page + ", x8
+	cbz	x19, kexec_give_up	// before the first segment
+	ldr	w8, [x14, #4]
+	say	"\r\nkexec: segment ", x8
+	sub	x8, x20, x23
+	say	", page ", x8
+	sub	x8, x19, x23
+	say	" to ", x8
+	b	kexec_give_up
+
+3:	cmp	x0, #1
+	b.hi	kexec_park
+	bl	kexec_mmu_off
+	b	kexec_give_up
+SYM_CODE_END(kexec_fault)
+
+/*
+ * kexec_give_up - do what panic_timeout says: 0 parks, anything else resets
+ *
+ * x12: slot of the exception, 0 if there was none; x28 as above. The MMU is
+ * off. Does not return.
+ */
+SYM_CODE_START_LOCAL(kexec_give_up)
+	ldr	w8, [x28, #KEXEC_ARGS_TIMEOUT]
+	cbz	w8, 2f
+	ldr	w8, [x28, #KEXEC_ARGS_PSCI]
+	cbz	w8, 2f
+	say	"\r\nkexec: resetting\r\n"
+	mov_q	x0, PSCI_0_2_FN_SYSTEM_RESET
+	cmp	w8, #KEXEC_PSCI_HVC
+	b.eq	1f
+	smc	#0
+	b	2f
+1:	hvc	#0
+2:	say	"\r\nkexec: parked\r\n"	// no reset wanted, or none to be had
+SYM_INNER_LABEL(kexec_park, SYM_L_LOCAL)
+	cbz	x12, kexec_corrupt_park
+	add	x12, x12, #TRANS_PGD_VECTOR_PARK
+	br	x12
+SYM_INNER_LABEL(kexec_corrupt_park, SYM_L_LOCAL)
+	b	.
+SYM_CODE_END(kexec_give_up)
+
+/*
+ * kexec_mmu_off - turn off the MMU and the caches of the current EL
+ *
+ * The tables do not map the UART, and may be what is broken. What is read from
+ * the control page from here on was cleaned to the PoC. Corrupts x0.
+ */
+SYM_CODE_START_LOCAL(kexec_mmu_off)
+	mrs	x0, CurrentEL
+	cmp	x0, #CurrentEL_EL2
+	b.eq	1f
+	mov_q	x0, INIT_SCTLR_EL1_MMU_OFF
+	pre_disable_mmu_workaround
+	msr	sctlr_el1, x0
+	isb				// fetch from the physical address now
+	ret
+1:	mov_q	x0, INIT_SCTLR_EL2_MMU_OFF
+	pre_disable_mmu_workaround
+	msr	sctlr_el2, x0
+	isb				// as above
+	ret
+SYM_CODE_END(kexec_mmu_off)
+
+/*
+ * kexec_puts_hex - write a string and a number
+ *
+ * x0: string, x1: number, x28 as above. Corrupts x0 to x7 and x9 to x11.
+ */
+SYM_CODE_START_LOCAL(kexec_puts_hex)
+	mov	x5, x30
+	mov	x6, x1
+	bl	kexec_puts
+	mov	w2, #'0'
+	bl	kexec_putc
+	mov	w2, #'x'
+	bl	kexec_putc
+	clz	x7, x6			// skip leading zeros, except the last
+	and	x7, x7, #~3
+	mov	x2, #60
+	cmp	x7, x2
+	csel	x7, x7, x2, lo
+	lsl	x6, x6, x7
+1:	lsr	x2, x6, #60
+	lsl	x6, x6, #4
+	add	w3, w2, #'0'
+	cmp	w2, #10
+	add	w2, w2, #'a' - 10
+	csel	w2, w3, w2, lo
+	bl	kexec_putc
+	add	x7, x7, #4
+	cmp	x7, #64
+	b.ne	1b
+	ret	x5
+SYM_CODE_END(kexec_puts_hex)
+
+/*
+ * kexec_puts - write a string
+ *
+ * x0: string, x28 as above. Corrupts x0 to x4 and x9 to x11.
+ */
+SYM_CODE_START_LOCAL(kexec_puts)
+	mov	x4, x30
+1:	ldrb	w2, [x0], #1
+	cbz	w2, 2f
+	bl	kexec_putc
+	b	1b
+2:	ret	x4
+SYM_CODE_END(kexec_puts)
+
+/*
+ * kexec_putc - write a character to the UART, if there is one
+ *
+ * The flag that tells whether there is room is bit 5 of a register, set by one
+ * kind of UART (16550: LSR.THRE) and clear on the other (PL011: FR.TXFF). A
+ * UART that never has room loses the character.
+ *
+ * w2: character, x28 as above. Corrupts x1, x3 and x9 to x11.
+ */
+SYM_CODE_START_LOCAL(kexec_putc)
+	ldr	x9, [x28, #KEXEC_ARGS_UART]
+	cbz	x9, 9f
+	ldp	w1, w10, [x28, #KEXEC_ARGS_UART_STATUS]	// and the busy level
+	add	x9, x9, x1
+	ldr	w11, [x28, #KEXEC_ARGS_UART_WIDTH]
+	mov	w3, #1 << 20
+1:	cbz	w3, 9f
+	sub	w3, w3, #1
+	tbnz	w11, #2, 3f		// 4 bytes
+	tbnz	w11, #1, 2f		// 2 bytes
+	ldrb	w1, [x9]
+	b	4f
+2:	ldrh	w1, [x9]
+	b	4f
+3:	ldr	w1, [x9]
+4:	eor	w1, w1, w10
+	tbz	w1, #5, 1b		// at the level that means busy
+
+	ldr	x9, [x28, #KEXEC_ARGS_UART]
+	tbnz	w11, #2, 6f
+	tbnz	w11, #1, 5f
+	strb	w2, [x9]
+	ret
+5:	strh	w2, [x9]
+	ret
+6:	str	w2, [x9]
+9:	ret
+SYM_CODE_END(kexec_putc)
+
+	/* Eight bytes each, in the order of the slots */
+SYM_DATA_LOCAL(kexec_vector_group, .ascii "sp0\0\0\0\0\0spx\0\0\0\0\0lower\0\0\0lower32\0")
+SYM_DATA_LOCAL(kexec_vector_kind, .ascii " sync\0\0\0 irq\0\0\0\0 fiq\0\0\0\0 serror\0")
 
 	/* struct kexec_control_args, filled in by machine_kexec_post_load() */
 	.balign	8

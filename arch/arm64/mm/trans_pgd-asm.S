@@ -10,6 +10,7 @@
 #include <asm/assembler.h>
 #include <asm/esr.h>
 #include <asm/sysreg.h>
+#include <asm/trans_pgd.h>
 #include <asm/virt.h>
 
 /*
@@ -20,14 +21,29 @@
  * groups of slots, HVCs from EL1 arrive in the third. It is position
  * independent.
  *
- * A slot that nobody expects to be used spins on its first instruction:
- * whoever looks at the PC sees which exception it was.
+ * A slot that nobody expects to be used hands over to the handler whose
+ * physical address whoever made the copy wrote to trans_pgd_handler, with the
+ * address of the slot in x30. Where there is none, it spins: whoever looks at
+ * the PC sees which exception it was. The handler may do the same later, by a
+ * branch to TRANS_PGD_VECTOR_PARK behind the beginning of the slot.
+ *
+ * Corrupts x29 and x30.
  */
 
-	.macro	spin_vector, name
+	.macro	to_handler, slot
+	adr	x30, \slot
+	ldr	x29, trans_pgd_handler
+	cbz	x29, .Lpark\@
+	br	x29
+	.org	\slot + TRANS_PGD_VECTOR_PARK
+.Lpark\@:
+	b	.
+	.endm
+
+	.macro	unexpected_vector, name
 	.balign	SZ_128
 SYM_INNER_LABEL(\name, SYM_L_LOCAL)
-	b	.
+	to_handler \name
 	.endm
 
 /*
@@ -38,9 +54,9 @@ SYM_INNER_LABEL(\name, SYM_L_LOCAL)
  *					x2-x4: its arguments
  *
  * HVC_SET_VECTORS returns with x0 = 0, HVC_SOFT_RESTART does not return.
- * Any other call, and anything that is not an HVC, spins in this slot.
+ * Any other call, and anything that is not an HVC, is unexpected.
  *
- * Corrupts x9; HVC_SOFT_RESTART x0 - x4 as well.
+ * Corrupts x9, as any stub call may; HVC_SOFT_RESTART x0 - x4 as well.
  */
 	.macro	hvc_vector, name
 	.balign	SZ_128
@@ -72,34 +88,38 @@ SYM_INNER_LABEL(\name, SYM_L_LOCAL)
 	mov	x2, x4
 	mov	x3, xzr
 	br	x9
-3:	b	.
+3:	to_handler \name
 	.endm
 
 	.pushsection	".rodata", "a"
 	.balign	SZ_2K
 SYM_DATA_START(trans_pgd_vectors)
-	spin_vector	trans_pgd_sp0_sync	// Current EL with SP_EL0
-	spin_vector	trans_pgd_sp0_irq
-	spin_vector	trans_pgd_sp0_fiq
-	spin_vector	trans_pgd_sp0_serror
+	unexpected_vector	trans_pgd_sp0_sync	// Current EL with SP_EL0
+	unexpected_vector	trans_pgd_sp0_irq
+	unexpected_vector	trans_pgd_sp0_fiq
+	unexpected_vector	trans_pgd_sp0_serror
 
-	spin_vector	trans_pgd_spx_sync	// Current EL with SP_ELx
-	spin_vector	trans_pgd_spx_irq
-	spin_vector	trans_pgd_spx_fiq
-	spin_vector	trans_pgd_spx_serror
+	unexpected_vector	trans_pgd_spx_sync	// Current EL with SP_ELx
+	unexpected_vector	trans_pgd_spx_irq
+	unexpected_vector	trans_pgd_spx_fiq
+	unexpected_vector	trans_pgd_spx_serror
 
 	hvc_vector	trans_pgd_lower_sync	// Lower EL, AArch64
-	spin_vector	trans_pgd_lower_irq
-	spin_vector	trans_pgd_lower_fiq
-	spin_vector	trans_pgd_lower_serror
+	unexpected_vector	trans_pgd_lower_irq
+	unexpected_vector	trans_pgd_lower_fiq
+	unexpected_vector	trans_pgd_lower_serror
 
-	spin_vector	trans_pgd_lower32_sync	// Lower EL, AArch32
-	spin_vector	trans_pgd_lower32_irq
-	spin_vector	trans_pgd_lower32_fiq
-	spin_vector	trans_pgd_lower32_serror
-	.balign	SZ_128
+	unexpected_vector	trans_pgd_lower32_sync	// Lower EL, AArch32
+	unexpected_vector	trans_pgd_lower32_irq
+	unexpected_vector	trans_pgd_lower32_fiq
+	unexpected_vector	trans_pgd_lower32_serror
+
+	/*
+	 * In what the last slot leaves free. Moving the location counter
+	 * backwards is an error: all 16 slots fit.
+	 */
+	.org	trans_pgd_vectors + TRANS_PGD_HANDLER_OFFSET
+SYM_INNER_LABEL(trans_pgd_handler, SYM_L_LOCAL)
+	.quad	0
 SYM_DATA_END_LABEL(trans_pgd_vectors, SYM_L_LOCAL, trans_pgd_vectors_end)
-
-	/* Moving the location counter backwards is an error: all 16 slots fit */
-	.org	trans_pgd_vectors + SZ_2K
 	.popsection

@@ -18,6 +18,10 @@
 
 #define KEXEC_ARCH			KEXEC_ARCH_AARCH64
 
+/* kexec_control_args.psci: how firmware is called, 0 if it can't be */
+#define KEXEC_PSCI_SMC			1
+#define KEXEC_PSCI_HVC			2
+
 #ifndef __ASSEMBLER__
 
 #include <linux/string.h>
@@ -106,6 +110,8 @@ int machine_kexec_post_load(struct kimage *image);
  * @relocate: something has to be moved, so there is a control page
  * @ttbr0: physical address of the table that maps the control page
  * @t0sz: TCR_EL1.T0SZ that @ttbr0 needs
+ * @verify: @crc is valid and checked before and during execution
+ * @crc: CRC32C of each segment as it was loaded, in the order of the segments
  */
 struct kimage_arch {
 	void *dtb;
@@ -113,6 +119,20 @@ struct kimage_arch {
 	bool relocate;
 	phys_addr_t ttbr0;
 	unsigned long t0sz;
+#ifdef CONFIG_ARM64_KEXEC_VERIFY
+	bool verify;
+	u32 crc[16];
+#endif
+};
+
+/**
+ * struct kexec_control_crc - what a segment that gets moved has to contain
+ * @crc: CRC32C, without the customary inversion at the end
+ * @segment: its number in the image
+ */
+struct kexec_control_crc {
+	u32 crc;
+	u32 segment;
 };
 
 /**
@@ -125,6 +145,14 @@ struct kimage_arch {
  * @start: physical address of the entry to the new image
  * @dtb_mem: physical address of its device tree, or 0
  * @el2: not 0 if EL2 has to be entered from EL1 by an HVC
+ * @verify: not 0 if @crc is valid
+ * @crc: the segments in the order of the list
+ * @uart: physical address of the UART's data register, 0 if there is none
+ * @uart_status: from there to the status register, bytes
+ * @uart_busy: bit 5 as it is in the status register while there is no room
+ * @uart_width: width of a register access, bytes
+ * @psci: KEXEC_PSCI_SMC or KEXEC_PSCI_HVC, 0 if there is no PSCI
+ * @panic_timeout: as it was when the image was executed
  *
  * They stand in the control page behind the code, which finds them relative to
  * its PC.
@@ -137,9 +165,28 @@ struct kexec_control_args {
 	u64 start;
 	u64 dtb_mem;
 	u64 el2;
+	u64 verify;
+	struct kexec_control_crc crc[16];
+	u64 uart;
+	u32 uart_status;
+	u32 uart_busy;
+	u32 uart_width;
+	u32 psci;
+	s32 panic_timeout;
 };
 
-extern char kexec_control_args[];
+extern char kexec_control_args[], kexec_fault[];
+
+void kexec_report_init(struct kexec_control_args *args);
+
+#ifdef CONFIG_ARM64_KEXEC_VERIFY
+void kexec_verify_init(struct kimage *image, struct kexec_control_args *args);
+int machine_kexec_verify(const struct kimage *image);
+#define machine_kexec_verify machine_kexec_verify
+#else
+static inline void kexec_verify_init(struct kimage *image,
+				     struct kexec_control_args *args) { }
+#endif
 
 #ifdef CONFIG_KEXEC_FILE
 extern const struct kexec_file_ops kexec_image_ops;

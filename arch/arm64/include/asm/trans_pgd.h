@@ -16,6 +16,11 @@
  */
 #define TRANS_PGD_VECTORS_OFFSET	SZ_2K
 
+/* Where in the vectors the physical address of a handler goes, if there is one */
+#define TRANS_PGD_HANDLER_OFFSET	(SZ_2K - 8)
+/* Where in each slot the CPU spins when there is nothing left to do */
+#define TRANS_PGD_VECTOR_PARK		0x70
+
 #ifndef __ASSEMBLER__
 
 #include <linux/types.h>

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * How the control page of kexec reports a fault, and ends it
+ *
+ * Beyond the point of no return there is no kernel that could look for a
+ * console or call firmware. Which registers to write to, and how to reset, is
+ * found when the image is loaded.
+ */
+
+#define pr_fmt(fmt) "kexec: " fmt
+
+#include <linux/acpi.h>
+#include <linux/cleanup.h>
+#include <linux/ioport.h>
+#include <linux/kexec.h>
+#include <linux/log2.h>
+#include <linux/minmax.h>
+#include <linux/of.h>
+#include <linux/of_address.h>
+#include <linux/psci.h>
+#include <linux/serial_reg.h>
+#include <linux/string.h>
+
+#define PL011_FR	0x18	/* UARTFR, bit 5: TXFF */
+#define UART_BIT	BIT(5)
+
+static void uart_is_pl011(struct kexec_control_args *args, u64 base)
+{
+	args->uart_status = PL011_FR;
+	args->uart_busy = UART_BIT;
+	args->uart_width = 4;
+	args->uart = base;
+}
+
+static void uart_is_16550(struct kexec_control_args *args, u64 base,
+			  u32 shift, u32 width)
+{
+	BUILD_BUG_ON(UART_LSR_THRE != UART_BIT);
+
+	args->uart_status = UART_LSR << shift;
+	args->uart_busy = 0;
+	args->uart_width = width;
+	args->uart = base;
+}
+
+static const char * const pl011_compatible[] = {
+	"arm,pl011", "arm,sbsa-uart", NULL
+};
+
+static const char * const ns16550_compatible[] = {
+	"ns16550a", "ns16550", "snps,dw-apb-uart", "nvidia,tegra20-uart",
+	"brcm,bcm2835-aux-uart", NULL
+};
+
+static void find_uart_of(struct kexec_control_args *args)
+{
+	u32 shift = 0, width = 1, offset = 0;
+	struct resource res;
+
+	if (!of_stdout || of_address_to_resource(of_stdout, 0, &res))
+		return;
+
+	of_property_read_u32(of_stdout, "reg-offset", &offset);
+
+	if (of_device_compatible_match(of_stdout, pl011_compatible)) {
+		uart_is_pl011(args, res.start);
+	} else if (of_device_compatible_match(of_stdout, ns16550_compatible)) {
+		of_property_read_u32(of_stdout, "reg-shift", &shift);
+		of_property_read_u32(of_stdout, "reg-io-width", &width);
+		uart_is_16550(args, res.start + offset, shift, width);
+	}
+}
+
+static u32 find_psci_of(void)
+{
+	static const struct of_device_id psci[] = {
+		{ .compatible = "arm,psci-0.2" },
+		{ .compatible = "arm,psci-1.0" },
+		{ }
+	};
+	struct device_node *np __free(device_node) =
+		of_find_matching_node(NULL, psci);
+	const char *method;
+
+	if (!np || of_property_read_string(np, "method", &method))
+		return 0;
+	if (!strcmp(method, "hvc"))
+		return KEXEC_PSCI_HVC;
+	if (!strcmp(method, "smc"))
+		return KEXEC_PSCI_SMC;
+
+	return 0;
+}
+
+#ifdef CONFIG_ACPI
+static void find_uart_acpi(struct kexec_control_args *args)
+{
+	struct acpi_table_header *header;
+	struct acpi_generic_address *reg;
+	struct acpi_table_spcr *spcr;
+	u32 stride, width;
+
+	if (ACPI_FAILURE(acpi_get_table(ACPI_SIG_SPCR, 0, &header)))
+		return;
+
+	spcr = container_of(header, struct acpi_table_spcr, header);
+	reg = &spcr->serial_port;
+	if (reg->space_id != ACPI_ADR_SPACE_SYSTEM_MEMORY || !reg->address)
+		goto out;
+
+	switch (spcr->interface_type) {
+	case ACPI_DBG2_ARM_PL011:
+	case ACPI_DBG2_ARM_SBSA_32BIT:
+	case ACPI_DBG2_ARM_SBSA_GENERIC:
+		uart_is_pl011(args, reg->address);
+		break;
+	case ACPI_DBG2_16550_COMPATIBLE:
+	case ACPI_DBG2_16550_SUBSET:
+	case ACPI_DBG2_16550_WITH_GAS:
+		/* The registers are as far apart as they are wide */
+		stride = clamp(reg->bit_width / 8, 1, 4);
+		width = reg->access_width ? 1 << (reg->access_width - 1) : 1;
+		uart_is_16550(args, reg->address, ilog2(stride), min(width, 4));
+		break;
+	}
+out:
+	acpi_put_table(header);
+}
+
+static u32 find_psci_acpi(void)
+{
+	if (!(acpi_gbl_FADT.arm_boot_flags & ACPI_FADT_PSCI_COMPLIANT))
+		return 0;
+
+	return acpi_psci_use_hvc() ? KEXEC_PSCI_HVC : KEXEC_PSCI_SMC;
+}
+#else
+static void find_uart_acpi(struct kexec_control_args *args) { }
+static u32 find_psci_acpi(void) { return 0; }
+#endif
+
+/**
+ * kexec_report_init() - find out how a fault will be reported
+ * @args: arguments in the control page; those about the UART and PSCI are set
+ *
+ * The UART is the one that firmware names for the console: stdout-path of a
+ * device tree, or the SPCR of ACPI [1]. Nothing is poked if that is of a kind
+ * that is not known here.
+ *
+ * [1] Documentation/arch/arm64/arm-acpi.rst
+ *
+ * Context: process context.
+ */
+void kexec_report_init(struct kexec_control_args *args)
+{
+	if (acpi_disabled) {
+		find_uart_of(args);
+		args->psci = find_psci_of();
+	} else {
+		find_uart_acpi(args);
+		args->psci = find_psci_acpi();
+	}
+}

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Is what kexec is about to execute what was loaded?
+ *
+ * Each segment gets a CRC32C when it is loaded. It is checked when the image is
+ * to be executed, as long as that can still be refused, and the code in the
+ * control page checks it again as the words pass through.
+ */
+
+#define pr_fmt(fmt) "kexec: " fmt
+
+#include <linux/crc32.h>
+#include <linux/kexec.h>
+#include <linux/mm.h>
+#include <linux/sched.h>
+
+#include <asm/cpufeature.h>
+
+static u32 crc_of_pages(u32 crc, const void *p, unsigned long bytes)
+{
+	/* A segment may have gigabytes */
+	for (; bytes; p += PAGE_SIZE, bytes -= PAGE_SIZE) {
+		crc = crc32c(crc, p, PAGE_SIZE);
+		cond_resched();
+	}
+
+	return crc;
+}
+
+/* Segment @n was not loaded where it will be executed: go through the list */
+static u32 crc_of_list(const struct kimage *image, unsigned long n)
+{
+	unsigned long left = image->segment[n].memsz;
+	const kimage_entry_t *ptr = &image->head;
+	kimage_entry_t entry;
+	bool found = false;
+	u32 crc = ~0;
+
+	while (left && (entry = *ptr++) && !(entry & IND_DONE)) {
+		void *page = phys_to_virt(entry & PAGE_MASK);
+
+		if (entry & IND_INDIRECTION) {
+			ptr = page;
+		} else if (entry & IND_DESTINATION) {
+			found = (entry & PAGE_MASK) == image->segment[n].mem;
+		} else if (found) {
+			crc = crc_of_pages(crc, page, PAGE_SIZE);
+			left -= PAGE_SIZE;
+		}
+	}
+
+	return crc;
+}
+
+static bool in_place(const struct kimage *image, unsigned long n)
+{
+	return image->type == KEXEC_TYPE_CRASH || image->segment_cma[n];
+}
+
+static u32 crc_of_segment(const struct kimage *image, unsigned long n)
+{
+	const struct kexec_segment *segment = &image->segment[n];
+
+	if (in_place(image, n))
+		return crc_of_pages(~0, phys_to_virt(segment->mem),
+				    segment->memsz);
+
+	return crc_of_list(image, n);
+}
+
+/**
+ * kexec_verify_init() - compute what is to be verified later
+ * @image: image with all its segments loaded
+ * @args: arguments in the control page, or NULL if there is nothing to move
+ *
+ * Without FEAT_CRC32 this would take the place of the purgatory's SHA-256, and
+ * be as slow: verification is off then, and the log says so.
+ *
+ * Context: process context.
+ */
+void kexec_verify_init(struct kimage *image, struct kexec_control_args *args)
+{
+	struct kexec_control_crc *crc = args ? args->crc : NULL;
+	unsigned long i;
+
+	BUILD_BUG_ON(ARRAY_SIZE(image->arch.crc) < KEXEC_SEGMENT_MAX);
+	BUILD_BUG_ON(ARRAY_SIZE(args->crc) < KEXEC_SEGMENT_MAX);
+
+	image->arch.verify = cpus_have_final_cap(ARM64_HAS_CRC32);
+	if (!image->arch.verify) {
+		pr_info_once("images are not verified: this CPU has no FEAT_CRC32\n");
+		return;
+	}
+
+	for (i = 0; i < image->nr_segments; i++) {
+		image->arch.crc[i] = crc_of_segment(image, i);
+		if (crc && !in_place(image, i))
+			*crc++ = (struct kexec_control_crc) {
+				.crc = image->arch.crc[i],
+				.segment = i,
+			};
+	}
+
+	if (args)
+		args->verify = true;
+}
+
+/**
+ * machine_kexec_verify() - is the image still what was loaded?
+ * @image: image that is about to be executed
+ *
+ * Context: process context, kexec lock held, before anything is shut down.
+ *
+ * Return: 0, or -EIO with a line in the log that names the segment.
+ */
+int machine_kexec_verify(const struct kimage *image)
+{
+	unsigned long i;
+
+	if (!image->arch.verify)
+		return 0;
+
+	for (i = 0; i < image->nr_segments; i++) {
+		u32 crc = crc_of_segment(image, i);
+
+		if (crc != image->arch.crc[i]) {
+			pr_err("segment %lu was overwritten: CRC32C at load %#x, now %#x\n",
+			       i, image->arch.crc[i], crc);
+			return -EIO;
+		}
+	}
+
+	return 0;
+}
