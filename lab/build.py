@@ -82,7 +82,7 @@ def command(srctree: Path, objdir: Path, arguments: Sequence[str]) -> list[str]:
 
 
 def make(srctree: Path, objdir: Path, arguments: Sequence[str]) -> list[str]:
-    """Run make and return what it printed, which is also in LOG below `objdir`.
+    """Run make, one at a time on this machine, and return what it printed, which is also in LOG below `objdir`.
 
     Raises LabError with the lines that matter when it fails.
     """
@@ -91,7 +91,7 @@ def make(srctree: Path, objdir: Path, arguments: Sequence[str]) -> list[str]:
     total = (int(counted.read_text()) if counted.exists() else STEPS) if first else 0
     lines: list[str] = []
     steps = 0
-    with open(objdir / LOG, "w") as log:
+    with lock.held(paths.CACHE / "build.lock", "the compiler"), open(objdir / LOG, "w") as log:
         def seen(line: str) -> None:
             nonlocal steps
             lines.append(line)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable, NoReturn
 
@@ -176,13 +177,13 @@ def _shell(args: argparse.Namespace) -> int:
 def _pytest_command(args: argparse.Namespace) -> list[str]:
     selection = [] if any(Path(word.split("::")[0]).exists() for word in args.pytest if word[:1] != "-") \
         else [str(paths.ROOT / "tests")]
-    return ["/usr/bin/python3", "-m", "pytest", *(["--all"] if args.all else []), *selection, *args.pytest]
+    return ["/usr/bin/python3", "-m", "pytest", *(["--all"] if args.all else []), "--accel", args.accel,
+            *selection, *args.pytest]
 
 
 def _check(args: argparse.Namespace) -> int:
     host.require("base", "build", "boot", "dtb", "test", "lint")
     os.chdir(paths.ROOT)
-    os.environ["KEXEC_LAB_ACCEL"] = args.accel  # for tests/conftest.py
     command = _pytest_command(args)
     os.execv(command[0], command)
 
@@ -224,7 +225,11 @@ def _cells(args: argparse.Namespace) -> int:
 
 
 def _clean(args: argparse.Namespace) -> int:
-    with lock.held(paths.CACHE / "build.lock", "the compiler"), lock.held(paths.CACHE / "lock", "the cache"):
+    with ExitStack() as locks:
+        if paths.OUT.is_dir():
+            locks.enter_context(lock.held(paths.OUT / "lock", "this checkout's out/"))
+        locks.enter_context(lock.held(paths.CACHE / "build.lock", "the compiler"))
+        locks.enter_context(lock.held(paths.CACHE / "lock", "the cache"))
         for folder in _cleaned(args):
             say.info(f"removing {folder}")
             shutil.rmtree(folder)

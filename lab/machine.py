@@ -10,15 +10,16 @@ import socket
 import subprocess
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 from lab import paths, proc, qemu, say
 from lab.build import Built
 from lab.cells import Cell
 from lab.errors import LabError
 from lab.guest import Guest
+
+OUT_LOCK = paths.CACHE / f"out-{paths.CHECKOUT_ID}.lock"  # held by whoever writes below out/
 
 SILENCE = 60.0  # seconds without a sign of life from a booting kernel, at most
 SILENCE_DEBUG = 240.0  # the same for a kernel that checks everything it does
@@ -162,18 +163,19 @@ class Machine:
     """A cell under QEMU, from `with` to the end of its block.
 
     `report` gets a line per kernel that came up; `name` is for the files in
-    out/logs, by default that of the cell. Failures of the guest raise
-    TimeoutFailure, Crashed, Panicked or CommandFailed.
+    out/logs, by default that of the cell; `extra` are more options for QEMU.
+    Failures of the guest raise TimeoutFailure, Crashed, Panicked or
+    CommandFailed.
     """
 
     boots = 0  # kernels that came up since the laboratory was started
     starts = 0  # times that QEMU was started
 
     def __init__(self, cell: Cell, built: Built, guest: Guest, *, accel: str = "tcg", name: str = "",
-                 report: Callable[[str], None] = say.info) -> None:
+                 report: Callable[[str], None] = say.info, extra: Sequence[str] = ()) -> None:
         self.built, self.guest = built, guest
         self.boot = qemu.Boot(cell, built.image, guest.initrd, built.image, guest.next, accel)
-        self.report = report
+        self.report, self.extra = report, extra
         self.generation = 1
         self.silence = SILENCE_DEBUG if cell.kernel.flavour == "debug" else SILENCE
         logs = paths.OUT / "logs"
@@ -201,7 +203,8 @@ class Machine:
         with open(self._errors, "wb") as errors:
             try:
                 # In a process group of its own: a Ctrl-C is for the laboratory, which then ends QEMU.
-                self._qemu = subprocess.Popen([*qemu.arguments(self.boot), *channels], stdin=subprocess.DEVNULL,
+                self._qemu = subprocess.Popen([*qemu.arguments(self.boot), *channels, *self.extra],
+                                              stdin=subprocess.DEVNULL,
                                               stdout=errors, stderr=errors, preexec_fn=proc.die_with_parent,
                                               start_new_session=True,
                                               pass_fds=(port_theirs.fileno(), qmp_theirs.fileno()))
@@ -232,6 +235,10 @@ class Machine:
         said = self._errors.read_text(errors="replace").strip()
         lines = self.log().splitlines()[-TAIL:] + ([f"QEMU: {said}"] if said else [])
         return "\n".join(lines) or "(nothing)"
+
+    def heard(self, seconds: float) -> dict[str, Any] | None:
+        """The next message from the guest, if one comes within `seconds`, whatever it is about."""
+        return self._port.poll(seconds)
 
     # What it is told
 
@@ -316,7 +323,7 @@ class Machine:
 
     def _wait(self, what: str, silence: float, limit: float) -> dict[str, Any]:
         """The next message, `silence` seconds after the last sign of life, and `limit` in all, at the latest."""
-        begin = heard = time.monotonic()
+        begin = heard = said = time.monotonic()
         size = -1
         while True:
             message = self._port.poll(0.2)
@@ -326,6 +333,9 @@ class Machine:
             now = time.monotonic()
             if self.console.stat().st_size != size:
                 size, heard = self.console.stat().st_size, now
+            if now - said > say.INTERVAL:
+                said = now
+                self.report(f"   {self.boot.cell.name}: waiting for {what}, {now - begin:.0f} s")
             if now - heard > silence:
                 raise TimeoutFailure(f"silent for {now - heard:.0f} s, waiting for {what}", self)
             if now - begin > limit:

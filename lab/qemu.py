@@ -39,7 +39,9 @@ def machine(cell: Cell, accel: str) -> list[str]:
         raise UsageError(f"{cell.name} needs a guest with EL2, which KVM does not give it",
                          "leave out --accel kvm, or take one of the el1 cells")
     el2 = ",virtualization=on" if cell.el != "el1" else ""
-    return ["-machine", f"virt,gic-version=3,its=off{el2},memory-backend=ram",
+    # kexec-tools refuses to load when the seed for KASLR has been left unused.
+    seed = "" if cell.kaslr else ",dtb-randomness=off"
+    return ["-machine", f"virt,gic-version=3,its=off{el2}{seed},memory-backend=ram",
             "-object", f"memory-backend-ram,id=ram,size={cell.memory}M,reserve=off",
             "-m", f"{cell.memory}M",
             "-accel", accel,

@@ -12,7 +12,7 @@ from lab import base, build, cells, guest, host, lock, paths, say
 from lab.cli import LOADERS
 from lab.errors import LabError
 from lab.handover import Handover, handover, verify_first
-from lab.machine import Machine
+from lab.machine import OUT_LOCK, Machine
 
 REPORT = paths.OUT / "run.json"
 
@@ -20,7 +20,7 @@ REPORT = paths.OUT / "run.json"
 def main(args: argparse.Namespace) -> int:
     """Run one cell; returns 0 if every handover was verified. Raises LabError for the first that was not."""
     cell = cells.cell(args.cell)
-    with lock.held(paths.OUT / "lock", "this checkout's out/"):
+    with lock.held(OUT_LOCK, "this checkout's out/"):
         _write(cell, None, [], ok=False)  # what an earlier run found is not true of this one
         host.require("base", "build", "boot")
         source = base.source(args.kernel_src)
@@ -67,6 +67,7 @@ def table(handovers: list[Handover]) -> str:
 def _write(cell: cells.Cell, source: base.Source | None, handovers: list[Handover], ok: bool) -> None:
     name = (source.package or f"{source.tree} {source.version}") if source else None
     report = {"ok": ok, "cell": cell.name, "base": name, "handovers": [asdict(one) for one in handovers]}
+    paths.OUT.mkdir(exist_ok=True)
     temporary = REPORT.with_suffix(".new")
     temporary.write_text(json.dumps(report, indent=2) + "\n")
     os.rename(temporary, REPORT)

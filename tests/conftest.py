@@ -14,12 +14,12 @@ from typing import Callable, ContextManager, Iterator
 
 import pytest
 
-from lab import base, build, cells, guest, host, lock, paths, say
+from lab import base, build, cells, guest, host, lock, say
 from lab.build import Built
 from lab.cells import Cell, Kernel
 from lab.guest import Guest
 from lab.handover import verify_first
-from lab.machine import Machine
+from lab.machine import OUT_LOCK, Machine
 
 
 @dataclass
@@ -84,7 +84,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     with _uncaptured(config):
         print()
         host.require("boot")
-        config.stash[HELD].enter_context(lock.held(paths.OUT / "lock", "this checkout's out/"))
+        config.stash[HELD].enter_context(lock.held(OUT_LOCK, "this checkout's out/"))
         lab = config.stash[LAB] = Lab(config.getoption("--accel"), lambda text: _report(config, text))
         source = base.source()
         for kernel in dict.fromkeys(cell.kernel for cell in wanted):

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.badload
 MIB = 1 << 20
 UART, GIC = 0x09000000, 0x08000000
 AARCH64, PPC64 = 183 << 16, 21 << 16
-NOMAP = "EADDRNOTAVAIL"
+NOMAP = "EACCES"
 HOLES = [cell for cell in CELLS.values() if cell.holes]
 
 Request = tuple[str, list[Segment], int | None]  # errno, segments, flags

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 
 from lab import cells
-from lab.cells import A57, A72, CELLS, KERNELS, MAX, MAX_NOLPA2, VA_BITS, Kernel
+from lab.cells import A57, A72, CELLS, KERNELS, MAX, MAX_NOLPA2, VA_BITS, Cell, Kernel
 from lab.errors import UsageError
 
 ALL = list(CELLS.values())
@@ -50,15 +50,15 @@ def test_special_machines() -> None:
     assert any("arm64.nolva" in cell.append for cell in ALL if cell.kernel == Kernel(64, 52))
 
 
-@pytest.mark.parametrize("cell", ALL, ids=list(CELLS))
-def test_a_cpu_can_do_what_its_cell_asks(cell: cells.Cell) -> None:
-    assert CELLS[cell.name] is cell
-    assert cell.name.startswith(cell.kernel.name + "-" + cell.el)
-    if cell.cpu in (A57, A72):
-        assert cell.el != "vhe"
-        assert cell.kernel.pages != 16
-    if cell.cpu.startswith("max"):
-        assert ("kvm-arm.mode=nvhe" in cell.append) == (cell.el == "nvhe")
+@pytest.mark.parametrize("entry", ALL, ids=list(CELLS))
+def test_a_cpu_can_do_what_its_cell_asks(entry: Cell) -> None:
+    assert CELLS[entry.name] is entry
+    assert entry.name.startswith(entry.kernel.name + "-" + entry.el)
+    if entry.cpu in (A57, A72):
+        assert entry.el != "vhe"
+        assert entry.kernel.pages != 16
+    if entry.cpu.startswith("max"):
+        assert ("kvm-arm.mode=nvhe" in entry.append) == (entry.el == "nvhe")
 
 
 def test_a_plain_check_needs_two_kernels_and_meets_every_level() -> None:

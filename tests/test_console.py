@@ -54,8 +54,9 @@ WARNING = """\
 [    1.100100] WARNING: arch/arm64/kernel/machine_kexec.c:210 at machine_kexec+0x1c/0x100, CPU#0: kexec/51
 """
 
-HELLO = {"hello": 2, "release": "7.3.4", "el": 2, "kvm": "kvm [1]: IPA Size Limit: 52 bits; kvm [1]: VHE mode initialized "
-         "successfully", "kaslr": "KASLR enabled", "mem_total": 507232, "mem_free": 418868, "uptime": 1.32,
+HELLO = {"hello": 2, "release": "7.3.4", "el": 2,
+         "kvm": "kvm [1]: IPA Size Limit: 52 bits; kvm [1]: VHE mode initialized successfully",
+         "kaslr": "KASLR enabled", "mem_total": 507232, "mem_free": 418868, "uptime": 1.32,
          "cmdline": 'console=ttyAMA0 dyndbg="file machine_kexec.c +p"', "payload": None}
 
 

@@ -6,10 +6,11 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 
-from lab import base, build, paths, proc, series, tree
+from lab import base, build, lock, paths, proc, series, tree
 from lab.base import Source
 from lab.cells import KERNELS
 from lab.errors import LabError
@@ -27,8 +28,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module")
-def source() -> Source:
-    return base.source()
+def source() -> Iterator[Source]:
+    """The base, while no other run of the checks changes this checkout's trees."""
+    with lock.held(paths.OUT / "lock", "this checkout's out/"):
+        yield base.source()
 
 
 def copy_of_the_checkout(target: Path) -> Path:
