@@ -22,6 +22,7 @@
 #include <linux/panic.h>
 #include <linux/printk.h>
 #include <linux/smp.h>
+#include <linux/stdarg.h>
 #include <linux/string.h>
 
 #include <asm/cacheflush.h>
@@ -38,13 +39,19 @@
  * What `kexec -d` shows. kexec_load() has no flag to ask for it, so there it
  * takes dynamic debug.
  */
-#define kexec_info(fmt, ...)					\
-do {								\
-	if (kexec_file_dbg_print)				\
-		pr_info(fmt, ##__VA_ARGS__);			\
-	else							\
-		pr_debug(fmt, ##__VA_ARGS__);			\
-} while (0)
+static __printf(1, 2) void kexec_info(const char *fmt, ...)
+{
+	struct va_format vaf = { .fmt = fmt };
+	va_list args;
+
+	va_start(args, fmt);
+	vaf.va = &args;
+	if (kexec_file_dbg_print)
+		pr_info("%pV", &vaf);
+	else
+		pr_debug("%pV", &vaf);
+	va_end(args);
+}
 
 /**
  * machine_kexec_cleanup() - forget what was prepared for an image
@@ -379,7 +386,8 @@ void __nocfi machine_kexec(struct kimage *image)
 	bool stuck = cpus_are_stuck_in_kernel();
 
 	/* A CPU may have got stuck, or come online, after the image was loaded */
-	BUG_ON(!crash && (stuck || num_online_cpus() > 1));
+	if (!crash && (stuck || num_online_cpus() > 1))
+		panic("kexec: CPUs are still in the kernel that is to be overwritten\n");
 	WARN(crash && (stuck || smp_crash_stop_failed()),
 	     "Some CPUs may be stale, kdump will be unreliable.\n");
 
@@ -387,6 +395,7 @@ void __nocfi machine_kexec(struct kimage *image)
 
 	local_daif_mask();
 
+	/* Neither way returns */
 	if (image->arch.relocate) {
 		struct kexec_control_args *args = kexec_args(image);
 		phys_addr_t control = page_to_phys(image->control_code_page);
@@ -408,6 +417,4 @@ void __nocfi machine_kexec(struct kimage *image)
 		cpu_install_idmap();
 		restart(is_hyp_nvhe(), image->start, image->arch.dtb_mem, 0, 0);
 	}
-
-	BUG(); /* neither of them returns */
 }

@@ -215,13 +215,14 @@ int trans_pgd_map(struct trans_pgd *trans, u64 va, phys_addr_t pa, u64 size,
 	return ret;
 }
 
+typedef int (*memory_run_fn)(phys_addr_t start, phys_addr_t end, void *arg);
+
 /*
  * Call @fn for each run of whole pages of memory, in ascending order, until it
  * returns something else than 0. Neighbouring regions (of two nodes, say) are
  * one run; memory that is marked nomap belongs to none.
  */
-static int for_each_memory_run(int (*fn)(phys_addr_t start, phys_addr_t end,
-					 void *arg), void *arg)
+static int for_each_memory_run(memory_run_fn fn, void *arg)
 {
 	phys_addr_t start = 0, end = 0, s, e;
 	int ret;

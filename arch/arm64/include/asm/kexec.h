@@ -49,29 +49,28 @@ static __always_inline void crash_setup_regs(struct pt_regs *newregs,
 	}
 
 	/* regs[0] to regs[30], then sp and pc, follow each other in pt_regs */
-	asm volatile(
-	"	stp	x0, x1, [%[regs], #0x00]\n"
-	"	stp	x2, x3, [%[regs], #0x10]\n"
-	"	stp	x4, x5, [%[regs], #0x20]\n"
-	"	stp	x6, x7, [%[regs], #0x30]\n"
-	"	stp	x8, x9, [%[regs], #0x40]\n"
-	"	stp	x10, x11, [%[regs], #0x50]\n"
-	"	stp	x12, x13, [%[regs], #0x60]\n"
-	"	stp	x14, x15, [%[regs], #0x70]\n"
-	"	stp	x16, x17, [%[regs], #0x80]\n"
-	"	stp	x18, x19, [%[regs], #0x90]\n"
-	"	stp	x20, x21, [%[regs], #0xa0]\n"
-	"	stp	x22, x23, [%[regs], #0xb0]\n"
-	"	stp	x24, x25, [%[regs], #0xc0]\n"
-	"	stp	x26, x27, [%[regs], #0xd0]\n"
-	"	stp	x28, x29, [%[regs], #0xe0]\n"
-	"	mov	%[tmp], sp\n"
-	"	stp	x30, %[tmp], [%[regs], #0xf0]\n"
-	"	adr	%[tmp], .\n"
-	"	str	%[tmp], [%[regs], #0x100]\n"
-	: [tmp] "=&r" (pstate)
-	: [regs] "r" (newregs)
-	: "memory");
+	asm volatile("stp	x0, x1, [%[regs], #0x00]\n"
+		     "stp	x2, x3, [%[regs], #0x10]\n"
+		     "stp	x4, x5, [%[regs], #0x20]\n"
+		     "stp	x6, x7, [%[regs], #0x30]\n"
+		     "stp	x8, x9, [%[regs], #0x40]\n"
+		     "stp	x10, x11, [%[regs], #0x50]\n"
+		     "stp	x12, x13, [%[regs], #0x60]\n"
+		     "stp	x14, x15, [%[regs], #0x70]\n"
+		     "stp	x16, x17, [%[regs], #0x80]\n"
+		     "stp	x18, x19, [%[regs], #0x90]\n"
+		     "stp	x20, x21, [%[regs], #0xa0]\n"
+		     "stp	x22, x23, [%[regs], #0xb0]\n"
+		     "stp	x24, x25, [%[regs], #0xc0]\n"
+		     "stp	x26, x27, [%[regs], #0xd0]\n"
+		     "stp	x28, x29, [%[regs], #0xe0]\n"
+		     "mov	%[tmp], sp\n"
+		     "stp	x30, %[tmp], [%[regs], #0xf0]\n"
+		     "adr	%[tmp], .\n"
+		     "str	%[tmp], [%[regs], #0x100]\n"
+		     : [tmp] "=&r" (pstate)
+		     : [regs] "r" (newregs)
+		     : "memory");
 
 	/* PSTATE can't be read as a whole, SPSR has these fields where they are */
 	pstate = read_sysreg(CurrentEL) | read_sysreg(SPSel) |
