@@ -57,6 +57,16 @@ static bool in_place(const struct kimage *image, unsigned long n)
 	return image->type == KEXEC_TYPE_CRASH || image->segment_cma[n];
 }
 
+/* IMA writes to its segment until the system is shut down */
+static bool may_change(const struct kimage *image, unsigned long n)
+{
+#ifdef CONFIG_IMA_KEXEC
+	return image->is_ima_segment_index_set && n == image->ima_segment_index;
+#else
+	return false;
+#endif
+}
+
 static u32 crc_of_segment(const struct kimage *image, unsigned long n)
 {
 	const struct kexec_segment *segment = &image->segment[n];
@@ -98,6 +108,7 @@ void kexec_verify_init(struct kimage *image, struct kexec_control_args *args)
 			*crc++ = (struct kexec_control_crc) {
 				.crc = image->arch.crc[i],
 				.segment = i,
+				.ignore = may_change(image, i),
 			};
 	}
 
@@ -121,8 +132,12 @@ int machine_kexec_verify(const struct kimage *image)
 		return 0;
 
 	for (i = 0; i < image->nr_segments; i++) {
-		u32 crc = crc_of_segment(image, i);
+		u32 crc;
 
+		if (may_change(image, i))
+			continue;
+
+		crc = crc_of_segment(image, i);
 		if (crc != image->arch.crc[i]) {
 			pr_err("segment %lu was overwritten: CRC32C at load %#x, now %#x\n",
 			       i, image->arch.crc[i], crc);

@@ -160,6 +160,20 @@ static void *kexec_alloc_table(void *arg)
 	return page_address(page);
 }
 
+/* How many pages the transitional tables take, without building them */
+static unsigned int kexec_count_tables(phys_addr_t control_page)
+{
+	struct trans_pgd linear = { }, idmap = { };
+
+	get_online_mems();
+	trans_pgd_create_linear(&linear);
+	put_online_mems();
+	trans_pgd_create_idmap(&idmap, control_page,
+			       PAGE_ALIGN(KEXEC_CONTROL_PAGE_SIZE));
+
+	return linear.nr_pages + idmap.nr_pages;
+}
+
 /* How much of the image is not where it has to be yet, in bytes */
 static unsigned long kexec_bytes_to_move(const struct kimage *image)
 {
@@ -352,8 +366,9 @@ int machine_kexec_post_load(struct kimage *image)
 		ret = trans_pgd_create_idmap(&idmap, virt_to_phys(page),
 					     PAGE_ALIGN(KEXEC_CONTROL_PAGE_SIZE));
 	if (ret) {
-		pr_err("no transitional page tables: error %d after %u pages\n",
-		       ret, linear.nr_pages + idmap.nr_pages);
+		pr_err("no transitional page tables: error %d after %u of %u pages\n",
+		       ret, linear.nr_pages + idmap.nr_pages,
+		       kexec_count_tables(virt_to_phys(page)));
 		return ret;
 	}
 

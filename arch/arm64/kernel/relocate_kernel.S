@@ -228,9 +228,11 @@ SYM_CODE_END(arm64_relocate_new_kernel)
 SYM_CODE_START_LOCAL(kexec_check_crc)
 	cbz	x15, 1f
 	cbz	x19, 1f
-	ldp	w8, w9, [x14]		// expected, number of the segment
+	ldp	w8, w9, [x14]		// expected; number and ignore
 	cmp	w8, w16
-	b.ne	kexec_corrupt
+	b.eq	1f
+	lsr	w8, w9, #16
+	cbz	w8, kexec_corrupt
 1:	ret
 SYM_CODE_END(kexec_check_crc)
 
@@ -259,12 +261,11 @@ SYM_CODE_END(kexec_check_crc)
 /*
  * kexec_corrupt - report a segment whose CRC is not what it was at load
  *
- * w8: expected, w9: number of the segment, w16: found; x28 as above.
- * Does not return.
+ * x14 and w16 as above: what was expected and what was found. Does not return.
  */
 SYM_CODE_START_LOCAL(kexec_corrupt)
-	mov	w13, w8
-	mov	w17, w9
+	ldr	w13, [x14]
+	ldrh	w17, [x14, #4]
 	mov	w16, w16		// what say prints has 64 bits
 	mov	x12, xzr		// there is no vector
 	mov	x0, #1
@@ -325,7 +326,7 @@ SYM_CODE_START(kexec_fault)
 	sub	x8, x17, x8
 	say	", control page + ", x8
 	cbz	x19, kexec_give_up	// before the first segment
-	ldr	w8, [x14, #4]
+	ldrh	w8, [x14, #4]
 	say	"\r\nkexec: segment ", x8
 	sub	x8, x20, x23
 	say	", page ", x8

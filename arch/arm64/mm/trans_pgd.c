@@ -215,14 +215,13 @@ int trans_pgd_map(struct trans_pgd *trans, u64 va, phys_addr_t pa, u64 size,
 	return ret;
 }
 
-typedef int (*memory_run_fn)(phys_addr_t start, phys_addr_t end, void *arg);
-
 /*
  * Call @fn for each run of whole pages of memory, in ascending order, until it
  * returns something else than 0. Neighbouring regions (of two nodes, say) are
  * one run; memory that is marked nomap belongs to none.
  */
-static int for_each_memory_run(memory_run_fn fn, void *arg)
+static int walk_memory_runs(int (*fn)(phys_addr_t start, phys_addr_t end,
+				      void *arg), void *arg)
 {
 	phys_addr_t start = 0, end = 0, s, e;
 	int ret;
@@ -281,7 +280,7 @@ int trans_pgd_create_linear(struct trans_pgd *trans)
 	else
 		trans->va_bits = vabits_actual;
 
-	return for_each_memory_run(map_memory_run, trans);
+	return walk_memory_runs(map_memory_run, trans);
 }
 
 /**
@@ -332,5 +331,5 @@ bool trans_pgd_linear_covers(phys_addr_t start, phys_addr_t end)
 {
 	struct memory_range range = { .start = start, .end = end };
 
-	return start == end || for_each_memory_run(range_in_run, &range);
+	return start == end || walk_memory_runs(range_in_run, &range);
 }

@@ -128,10 +128,13 @@ struct kimage_arch {
  * struct kexec_control_crc - what a segment that gets moved has to contain
  * @crc: CRC32C, without the customary inversion at the end
  * @segment: its number in the image
+ * @ignore: not 0 if it may change after it was loaded, so that @crc means
+ *          nothing
  */
 struct kexec_control_crc {
 	u32 crc;
-	u32 segment;
+	u16 segment;
+	u16 ignore;
 };
 
 /**
