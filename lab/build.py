@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
+from typing import Container, Sequence
 
 from lab import base, host, kconfig, lock, paths, proc, say, tree
 from lab.cells import Kernel
@@ -52,10 +52,13 @@ def object_folder(kernel: Kernel, source: base.Source) -> Path:
     return (tree.home(source) if kernel.patched else source.home) / "build" / kernel.name
 
 
-def configure(kernel: Kernel, srctree: Path, objdir: Path) -> Path:
-    """Configure `objdir` for `kernel`. Raises LabError naming options that were dropped."""
+def configure(kernel: Kernel, srctree: Path, objdir: Path, later: Container[str] = ()) -> Path:
+    """Configure `objdir` for `kernel`, without the options `later`, which `srctree` does not have yet.
+
+    Raises LabError naming options that were dropped.
+    """
     objdir.mkdir(parents=True, exist_ok=True)
-    return kconfig.configure(kernel, srctree, objdir, lambda arguments: make(srctree, objdir, arguments))
+    return kconfig.configure(kernel, srctree, objdir, lambda arguments: make(srctree, objdir, arguments), later)
 
 
 def environment() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Container, Sequence
 
 from lab.cells import Kernel
 from lab.errors import LabError
@@ -28,6 +28,8 @@ def parse(text: str) -> dict[str, str]:
 def wanted(kernel: Kernel) -> dict[str, str]:
     """Every option that `kernel` asks for, with its value."""
     options = parse((FOLDER / "base.config").read_text())
+    if kernel.patched:
+        options |= of_series()
     if kernel.flavour != "lab":
         options |= parse((FOLDER / f"{kernel.flavour}.config").read_text())
     options[f"ARM64_{kernel.pages}K_PAGES"] = "y"
@@ -35,13 +37,19 @@ def wanted(kernel: Kernel) -> dict[str, str]:
     return options
 
 
-def configure(kernel: Kernel, tree: Path, objdir: Path, make: Make) -> Path:
+def of_series() -> dict[str, str]:
+    """The options that the series itself adds."""
+    return parse((FOLDER / "series.config").read_text())
+
+
+def configure(kernel: Kernel, tree: Path, objdir: Path, make: Make, later: Container[str] = ()) -> Path:
     """Write the .config of `kernel` into `objdir` and return it; untouched when nothing changed.
 
-    `make` runs make with the arguments it is given, for `tree` and `objdir`.
+    `make` runs make with the arguments it is given, for `tree` and `objdir`;
+    `later` are options that this tree, with a part of the series, does not have yet.
     Raises LabError naming each option that the configuration dropped.
     """
-    options = wanted(kernel)
+    options = {name: value for name, value in wanted(kernel).items() if name not in later}
     fragment = objdir / "lab.config"
     fragment.write_text("".join(f"CONFIG_{name}={value}\n" for name, value in options.items()))
     make(["allnoconfig", f"KCONFIG_ALLCONFIG={fragment}"])

@@ -10,7 +10,7 @@ from typing import Iterator
 
 import pytest
 
-from lab import base, build, lock, paths, proc, series, tree
+from lab import base, build, kconfig, lock, paths, proc, series, tree
 from lab.base import Source
 from lab.cells import KERNELS
 from lab.errors import LabError
@@ -97,23 +97,37 @@ def test_git_am_applies_to_a_pristine_base(source: Source, tmp_path: Path, whole
         assert (series.read(repository / path) if file else None) == file, path
 
 
+def options_after(the_series: series.Series, source: Source, count: int) -> set[str]:
+    """The configuration options in the files that the first `count` patches touch."""
+    files = series.result(the_series, source.tree, count)
+    return {name for path, file in files.items() if file and os.path.basename(path).startswith("Kconfig")
+            for name in re.findall(r"^(?:menu)?config (\w+)", file.content.decode(), re.M)}
+
+
+def targets(patches: tuple[series.Patch, ...], srctree: Path) -> list[str]:
+    """What the series can break: its folders below arch/arm64, and what it touches elsewhere."""
+    files = {path for patch in patches for path in patch.touched
+             if path.endswith((".c", ".S")) and (srctree / path).is_file()
+             and not path.startswith(("arch/", "tools/", "Documentation/"))}
+    return ["arch/arm64/kernel/", "arch/arm64/mm/", *sorted(path[:-2] + ".o" for path in files)]
+
+
 @pytest.mark.timeout(3600)
 def test_every_patch_builds_on_its_own(source: Source, request: pytest.FixtureRequest) -> None:
     """In order, in one tree. The last step is the kernel that every other test boots."""
     every = request.config.getoption("--all", default=False)
-    patches = series.load().patches
+    the_series = series.load()
     objdir = tree.home(source, "-steps") / "build" / KERNEL.name
-    folders = {"arch/arm64/kernel/", "arch/arm64/mm/"} | {
-        os.path.dirname(path) + "/" for patch in patches for path in patch.touched
-        if path.endswith((".c", ".S")) and not path.startswith(("tools/", "Documentation/"))}
     try:
-        for count, patch in enumerate(patches, 1):
+        for count, patch in enumerate(the_series.patches, 1):
             srctree = tree.patched(source, upto=count, variant="-steps")
-            build.configure(KERNEL, srctree, objdir)
+            later = kconfig.of_series().keys() - options_after(the_series, source, count)
+            build.configure(KERNEL, srctree, objdir, later)
             build.make(srctree, objdir, ["Image"] if every else ["prepare"])
-            build.make(srctree, objdir, sorted(folders))
+            build.make(srctree, objdir, targets(the_series.patches, srctree))
     except LabError as error:
         pytest.fail(f"{patch.name}: {error}")
+    assert not later
     assert build.build(KERNEL, source).image.is_file()
 
 
@@ -233,14 +247,36 @@ def test_a_hook_that_does_not_apply_is_named_with_its_file(toy: tuple[Source, Pa
     (lambda root: (root / "arch/arm64/mm/stray.c").write_text(""), "stray.c is in the repository, but no patch"),
     (lambda root: (root / "series/0001-hook/message").unlink(), "0001-hook/message is missing"),
     (lambda root: (root / "series/0001-hook/message").write_text("a\nb\n"), "subject and a blank line"),
-    (lambda root: (root / "series/0002-replace/owned").unlink(), "0002-replace changes nothing"),
-    (lambda root: (root / "series/0002-replace/hooks.patch").write_text(HOOK.replace("Makefile", "new.c")),
-     "touches arch/arm64/mm/new.c, which 0001-hook owns")])
+    (lambda root: (root / "series/0002-replace/owned").unlink(), "0002-replace changes nothing")])
 def test_an_incomplete_series_is_refused(toy: tuple[Source, Path], breakage: object, complaint: str) -> None:
     _, root = toy
     breakage(root)  # type: ignore[operator]
     with pytest.raises(LabError, match=re.escape(complaint)):
         series.load(root)
+
+
+LATER = """\
+--- a/arch/arm64/mm/new.c
++++ b/arch/arm64/mm/new.c
+@@ -1 +1,2 @@
+ new
++later
+"""
+
+
+def test_an_owned_file_lands_without_the_hunks_of_later_patches(toy: tuple[Source, Path]) -> None:
+    source, root = toy
+    (root / "series/0002-replace/hooks.patch").write_text(LATER)
+    (root / "arch/arm64/mm/new.c").write_text("new\nlater\n")
+    files = series.generate(series.load(root), source.tree)
+    assert "+new\n" in files["0001-hook.patch"].decode() and "later" not in files["0001-hook.patch"].decode()
+    assert " new\n+later\n" in files["0002-replace.patch"].decode()
+    last = series.result(series.load(root), source.tree)["arch/arm64/mm/new.c"]
+    assert last == series.read(root / "arch/arm64/mm/new.c")
+
+    (root / "arch/arm64/mm/new.c").write_text("new\nsomething else\n")
+    with pytest.raises(LabError, match="0002-replace/hooks.patch does not apply to arch/arm64/mm/new.c"):
+        series.generate(series.load(root), source.tree)
 
 
 # The cached tree

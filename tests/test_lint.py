@@ -1,0 +1,236 @@
+"""What kernel maintainers run over a series, and the hygiene of this repository.
+
+Each check has a companion that breaks a copy and sees the check fail.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+
+from lab import base, build, lock, paths, proc, series, tree
+from lab.base import Source
+from lab.cells import KERNELS
+
+pytestmark = [pytest.mark.lint, pytest.mark.timeout(900)]
+
+KERNEL = KERNELS["4k-va48"]
+VARIANT = "-lint"
+
+# Debian's sparse does not know the C23 spelling, and the kernel would skip it without a word.
+SPARSE = "sparse -D__typeof_unqual__=__typeof__"
+
+
+@dataclass(frozen=True)
+class Waiver:
+    """A complaint of checkpatch that stands: its type, where, and why."""
+
+    kind: str
+    line: str  # what the complaint says must match this
+    reason: str
+
+
+WAIVERS = (
+    Waiver("MISSING_SIGN_OFF", "", "whoever mails the series signs it off"),
+    Waiver("CAMELCASE", "<(CurrentEL|SPSel)>", "names of system registers"),
+    Waiver("CAMELCASE", "<Unlock>", "a label that kernel_kexec() has"),
+    Waiver("LEADING_SPACE", r"\| \+  DEFINE\(", "the way asm-offsets.c is indented"),
+    Waiver("DEFINE_ARCH_HAS", "'ARCH_HAS_KIMAGE_ARCH'", "the name by which linux/kexec.h asks for it"),
+    Waiver("FILE_PATH_CHANGES", "", "MAINTAINERS covers arch/arm64/ and Documentation/arch/arm64/ as folders"),
+)
+
+
+@pytest.fixture(scope="module")
+def source() -> Iterator[Source]:
+    """The base, while no other run of the checks changes this checkout's trees."""
+    with lock.held(paths.OUT / "lock", "this checkout's out/"):
+        yield base.source()
+
+
+@pytest.fixture
+def patched(source: Source) -> Path:
+    return tree.patched(source, variant=VARIANT)
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A copy of what the series is made of."""
+    for name in ("series", "patches", *series.KERNEL_FOLDERS):
+        if (paths.ROOT / name).is_dir():
+            shutil.copytree(paths.ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def touched(*suffixes: str) -> list[str]:
+    """In-tree paths of the kernel files that the series touches and leaves behind."""
+    patches = series.load().patches
+    return sorted({path for patch in patches for path in patch.owned + patch.hooked if path.endswith(suffixes)})
+
+
+def append(root: Path, text: str) -> str:
+    """Add `text` to an owned C file below `root`; returns its in-tree path."""
+    path = next(p for p in series.load(root).owned if p.startswith("arch/arm64/kernel/") and p.endswith(".c"))
+    with open(root / path, "a") as file:
+        file.write(text)
+    return path
+
+
+# checkpatch
+
+def checkpatch(top: Path, mails: list[Path]) -> list[tuple[str, str]]:
+    """(type, complaint | line of the patch) of everything that checkpatch has to say."""
+    output = proc.run(["perl", "scripts/checkpatch.pl", "--root=.", "--strict", "--show-types", "--terse",
+                       "--no-summary", "--max-line-length=100", *mails], cwd=top, accept=(0, 1)).stdout.decode()
+    found = re.findall(r"^((.*?):(\d+): (?:ERROR|WARNING|CHECK):(\w+): .*)$", output, re.M)
+    return [(kind, f"{Path(mail).name}{line.removeprefix(mail)} | {Path(mail).read_text().splitlines()[int(number) - 1]}")
+            for line, mail, number, kind in found]
+
+
+def standing(complaints: list[tuple[str, str]]) -> list[str]:
+    return [line for kind, line in complaints
+            if not any(waiver.kind == kind and re.search(waiver.line, line) for waiver in WAIVERS)]
+
+
+def mails(root: Path) -> list[Path]:
+    return sorted((root / "patches").glob("*.patch"))
+
+
+def test_checkpatch(patched: Path) -> None:
+    assert mails(paths.ROOT)
+    complaints = checkpatch(patched, mails(paths.ROOT))
+    left = standing(complaints)
+    assert not left, "\n".join(left)
+    for waiver in WAIVERS:
+        assert any(waiver.kind == kind and re.search(waiver.line, line) for kind, line in complaints), \
+            f"nothing needs the waiver for {waiver.kind} {waiver.line}"
+
+
+def test_checkpatch_finds_what_is_wrong(source: Source, patched: Path, broken: Path) -> None:
+    append(broken, "int  bad_style( int a ){\n    return(a);\n}\n")
+    series.write(series.generate(series.load(broken), source.tree), broken / "patches")
+    assert len(standing(checkpatch(patched, mails(broken)))) > len(standing(checkpatch(patched, mails(paths.ROOT))))
+
+
+# The compiler with W=1, and sparse
+
+def compile_all(source: Source, root: Path, files: list[str]) -> list[str]:
+    """The lines with which W=1 and sparse complain about `files`, and everything else that stops make."""
+    srctree = tree.patched(source, root, variant=VARIANT)
+    objdir = tree.home(source, VARIANT) / "build" / KERNEL.name
+    build.configure(KERNEL, srctree, objdir)
+    build.make(srctree, objdir, ["prepare"])
+    objects = [re.sub(r"\.[cS]$", ".o", path) for path in files if path.endswith((".c", ".S"))]
+    for stale in objects:
+        (objdir / stale).unlink(missing_ok=True)
+    output = build.make(srctree, objdir, ["W=1", "C=2", f"CHECK={SPARSE}", "KCFLAGS=-Wno-error", *objects])
+    assert not any("sparse is not available" in line for line in output)
+    for path in objects:
+        assert (objdir / path).is_file(), f"{path} was not compiled"
+    return [line for line in output if re.search(r": (warning|error)", line) and any(path in line for path in files)]
+
+
+def compiled() -> list[str]:
+    """Touched files that the compiler sees: asm-offsets.c and headers through those that use them."""
+    return [path for path in touched(".c", ".S", ".h")
+            if not path.startswith(("tools/", "Documentation/")) and not path.endswith("/asm-offsets.c")
+            and not path.endswith(".lds.S")]
+
+
+def test_no_warning_from_the_compiler_or_sparse(source: Source) -> None:
+    complaints = compile_all(source, paths.ROOT, compiled())
+    assert not complaints, "\n".join(complaints)
+
+
+@pytest.mark.parametrize("text, complaint", [
+    ("int undeclared(int *p)\n{\n\tint unused = 1;\n\n\treturn *p;\n}\n", "unused variable"),
+    ("int undeclared(int *p)\n{\n\treturn *p;\n}\n", "no previous prototype"),
+    ("int undeclared(int __user *p);\nint undeclared(int __user *p)\n{\n\treturn *p;\n}\n", "dereference of noderef"),
+], ids=["warning", "W=1", "sparse"])
+def test_warnings_are_found(source: Source, broken: Path, text: str, complaint: str) -> None:
+    path = append(broken, text)
+    assert any(complaint in line for line in compile_all(source, broken, [path]))
+
+
+# kernel-doc
+
+def kernel_doc(top: Path, files: list[str]) -> list[str]:
+    done = proc.run(["/usr/bin/python3", "-B", "scripts/kernel-doc", "-v", "-none", *files], cwd=top,
+                    accept=tuple(range(100)))
+    lines = (done.stdout + done.stderr).decode().splitlines()
+    assert any(line.startswith("Info:") for line in lines), "no kernel-doc comment was read"
+    return [line for line in lines if not line.startswith("Info:")]
+
+
+def test_kernel_doc(patched: Path) -> None:
+    assert kernel_doc(patched, touched(".c", ".h")) == []
+
+
+def test_kernel_doc_finds_what_is_wrong(tmp_path: Path, patched: Path) -> None:
+    bad = tmp_path / "bad.c"
+    bad.write_text("/**\n * f - does\n * @x: that is not there\n */\nint f(int y)\n{\n}\n")
+    assert any("'y' not described" in line for line in kernel_doc(patched, [str(bad)]))
+
+
+# The repository
+
+HOSTS = ("kernel.org", "gnu.org", "fsf.org", "spdx.org", "debian.org")  # that text may refer to
+HOST = re.compile(r"(?<![\w.@/-])(?:https?://)?((?:[a-z0-9][a-z0-9-]*\.)+(?:org|com|net|io|dev|cloud|app))(?=[\s/:)>\"'`,]|$)")
+PLACE = re.compile(r"(?<![\w.$}~-])(?:/tmp/|/(?:work|root|home|Users)\b)")
+
+
+def hygiene(name: str, text: str) -> list[str]:
+    """Lines that only make sense on one machine, or that whoever mails the series has to add."""
+    faults = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if name.startswith("patches/") and line.startswith("-"):
+            continue  # upstream's, on its way out
+        for host in HOST.findall(line):
+            if not any(host == known or host.endswith("." + known) for known in HOSTS):
+                faults.append(f"{name}:{number}: names the host {host}")
+        place = PLACE.search(line)
+        # The laboratory gives commands to guests, which have a /tmp of their own.
+        if place and not (place[0] == "/tmp/" and name.startswith(("lab/", "tests/"))):
+            faults.append(f"{name}:{number}: names a place on one machine: {place[0]}")
+        if name.startswith(("series/", "patches/")) and "Signed-off-by" in line:
+            faults.append(f"{name}:{number}: signs off in somebody's name")
+    return faults
+
+
+def repository() -> list[str]:
+    listing = proc.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=paths.ROOT)
+    return [name for name in listing.stdout.decode().split("\0") if name and (paths.ROOT / name).is_file()]
+
+
+def test_nothing_in_the_repository_belongs_to_one_machine() -> None:
+    names = repository()
+    assert "lab/cli.py" in names
+    faults = [fault for name in names if name != "tests/test_lint.py"
+              for fault in hygiene(name, (paths.ROOT / name).read_text(errors="replace"))]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("name, line", [
+    ("lab/x.py", "see https://packages.example.com/simple"), ("README.md", "mirror.example.net is fast"),
+    ("lab/x.py", 'Path("/work/main")'), ("lab/x.py", "cd /home/someone"), ("lab/x.py", "'/root/.cache'"),
+    ("README.md", "ls /tmp/mine"), ("series/0001-x/message", "Signed-off-by: A <a@localhost>")])
+def test_what_belongs_to_one_machine_is_found(name: str, line: str) -> None:
+    assert len(hygiene(name, line)) == 1
+
+
+@pytest.mark.parametrize("line", [
+    "https://docs.kernel.org/arch/arm64", "<https://www.gnu.org/licenses/>", "self.network.online = args.command",
+    "ls $HOME/work", "Documentation/arch/arm64/kexec.rst", "mail: someone@kernel.org"])
+def test_what_is_fine_is_left_alone(line: str) -> None:
+    assert hygiene("lab/x.py", line) == []
+
+
+def test_programs_are_well_formed() -> None:
+    proc.run(["sh", "-n", paths.ROOT / "kexec-lab"])
+    for name in repository():
+        if name.endswith(".py"):
+            compile((paths.ROOT / name).read_text(), name, "exec")
