@@ -9,12 +9,11 @@
 
 #define pr_fmt(fmt) "kexec: " fmt
 
+#include <linux/cpufeature.h>
 #include <linux/crc32.h>
 #include <linux/kexec.h>
 #include <linux/mm.h>
 #include <linux/sched.h>
-
-#include <asm/cpufeature.h>
 
 static u32 crc_of_pages(u32 crc, const void *p, unsigned long bytes)
 {

@@ -12,6 +12,7 @@
 #define pr_fmt(fmt) "kexec: " fmt
 
 #include <linux/align.h>
+#include <linux/cacheflush.h>
 #include <linux/cpu.h>
 #include <linux/errno.h>
 #include <linux/kexec.h>
@@ -19,19 +20,17 @@
 #include <linux/memblock.h>
 #include <linux/memory_hotplug.h>
 #include <linux/mm.h>
+#include <linux/mmu_context.h>
 #include <linux/panic.h>
+#include <linux/pgtable.h>
 #include <linux/printk.h>
 #include <linux/smp.h>
 #include <linux/stdarg.h>
 #include <linux/string.h>
 
-#include <asm/cacheflush.h>
 #include <asm/daifflags.h>
 #include <asm/memory.h>
-#include <asm/mmu_context.h>
-#include <asm/pgtable.h>
 #include <asm/sections.h>
-#include <asm/smp.h>
 #include <asm/trans_pgd.h>
 #include <asm/virt.h>
 

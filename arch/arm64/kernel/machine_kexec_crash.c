@@ -17,8 +17,6 @@
 #include <linux/reboot.h>
 #include <linux/smp.h>
 
-#include <asm/smp.h>
-
 /**
  * machine_crash_shutdown() - stop the other CPUs, save this one's registers
  * @regs: registers for the dump, see crash_setup_regs()

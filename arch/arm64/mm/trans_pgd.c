@@ -21,12 +21,12 @@
 #include <linux/errno.h>
 #include <linux/memblock.h>
 #include <linux/minmax.h>
+#include <linux/pgtable.h>
 #include <linux/sizes.h>
 #include <linux/string.h>
 
 #include <asm/barrier.h>
 #include <asm/memory.h>
-#include <asm/pgtable.h>
 #include <asm/trans_pgd.h>
 
 /*
