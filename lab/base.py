@@ -13,8 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable
@@ -73,15 +71,13 @@ def _packaged() -> Source:
         if not tree.exists():
             host.check_disk(host.DISK_FRESH)
             with say.phase(f"unpacking {PACKAGE} {package_version}"):
-                _unpack(deb, tree)
+                with paths.whole(tree) as folder:
+                    _unpack(deb, folder)
     return Source(tree, version(tree), f"{PACKAGE} {package_version}", key, home)
 
 
-def _unpack(deb: Path, tree: Path) -> None:
-    temporary = tree.with_name(tree.name + ".new")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+def _unpack(deb: Path, folder: Path) -> None:
+    folder.mkdir()
     script = ('set -o pipefail; dpkg-deb --fsys-tarfile "$0" | tar -xO "$1" | xz -dT0 '
               '| tar -xv --strip-components=1 -C "$2"')
     member = f"./usr/src/{PACKAGE}.tar.xz"
@@ -96,9 +92,8 @@ def _unpack(deb: Path, tree: Path) -> None:
         else:
             other.append(line)
 
-    if proc.stream(["bash", "-c", script, deb, member, temporary], seen) != 0:
+    if proc.stream(["bash", "-c", script, deb, member, folder], seen) != 0:
         raise LabError(f"unpacking {deb.name} failed", "\n".join(other[-5:]))
-    os.rename(temporary, tree)
 
 
 def version(tree: Path) -> str:

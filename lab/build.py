@@ -74,7 +74,6 @@ def environment() -> dict[str, str]:
         "CCACHE_BASEDIR": str(paths.CACHE),  # trees in different folders share results
         "CCACHE_NOHASHDIR": "1",
         "CCACHE_MAXSIZE": "5G",
-        "CCACHE_SLOPPINESS": "time_macros",
     }
 
 

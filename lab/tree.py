@@ -55,26 +55,20 @@ def export(source: base.Source, target: Path, root: Path = paths.ROOT) -> None:
     the_series = series.load(root)
     base.check_originals(source, the_series.owned, root)
     wanted = series.result(the_series, source.tree)
-    with say.phase(f"copying {source.version} to {target}"):
-        temporary = target.with_name(target.name + ".new")
-        proc.run(["cp", "-a", "--reflink=auto", source.tree, temporary])
+    with say.phase(f"copying {source.version} to {target}"), paths.whole(target) as folder:
+        proc.run(["cp", "-a", "--reflink=auto", source.tree, folder])
         for path, file in wanted.items():
-            _replace(temporary / path, file)
-        os.rename(temporary, target)
+            _replace(folder / path, file)
 
 
 def _lay_out(origin: Path, tree: Path) -> None:
-    temporary = tree.with_name(tree.name + ".new")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    (tree.parent / STATE).unlink(missing_ok=True)
-    same_disk = os.stat(origin).st_dev == os.stat(temporary.parent).st_dev
-    proc.run(["cp", "-al" if same_disk else "-a", origin, temporary])
-    if (temporary / ".git").is_dir():
-        shutil.rmtree(temporary / ".git")
-    (temporary / ".git").unlink(missing_ok=True)
-    os.rename(temporary, tree)
+    with paths.whole(tree) as folder:
+        (tree.parent / STATE).unlink(missing_ok=True)
+        same_disk = os.stat(origin).st_dev == os.stat(tree.parent).st_dev
+        proc.run(["cp", "-al" if same_disk else "-a", origin, folder])
+        if (folder / ".git").is_dir():
+            shutil.rmtree(folder / ".git")
+        (folder / ".git").unlink(missing_ok=True)  # of a git worktree
 
 
 def _follow(origin: Path, tree: Path, replaced: set[str]) -> None:
