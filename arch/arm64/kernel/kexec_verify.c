@@ -15,6 +15,36 @@
 #include <linux/mm.h>
 #include <linux/sched.h>
 
+/*
+ * The CRC32C of the entries in the list, which stand in pages that may have
+ * been overwritten as well: it is not followed to where no memory is, nor for
+ * more than @entries, which is set to what was found.
+ */
+static u32 crc_of_list(const struct kimage *image, u64 *entries)
+{
+	const kimage_entry_t *ptr = &image->head;
+	kimage_entry_t entry;
+	u64 limit = *entries;
+	u32 crc = ~0;
+
+	for (*entries = 0; *entries < limit; ++*entries) {
+		entry = *ptr++;
+		crc = crc32c(crc, &entry, sizeof(entry));
+		if (entry & IND_DONE) {
+			++*entries;
+			break;
+		}
+
+		if (entry & IND_INDIRECTION) {
+			if (!pfn_is_map_memory(PHYS_PFN(entry & PAGE_MASK)))
+				break;
+			ptr = phys_to_virt(entry & PAGE_MASK);
+		}
+	}
+
+	return crc;
+}
+
 static u32 crc_of_pages(u32 crc, const void *p, unsigned long bytes)
 {
 	/* A segment may have gigabytes */
@@ -26,8 +56,11 @@ static u32 crc_of_pages(u32 crc, const void *p, unsigned long bytes)
 	return crc;
 }
 
-/* Segment @n was not loaded where it will be executed: go through the list */
-static u32 crc_of_list(const struct kimage *image, unsigned long n)
+/*
+ * Segment @n was not loaded where it will be executed: go through the list, of
+ * which is known that it is what it was
+ */
+static u32 crc_of_sources(const struct kimage *image, unsigned long n)
 {
 	unsigned long left = image->segment[n].memsz;
 	const kimage_entry_t *ptr = &image->head;
@@ -74,7 +107,7 @@ static u32 crc_of_segment(const struct kimage *image, unsigned long n)
 		return crc_of_pages(~0, phys_to_virt(segment->mem),
 				    segment->memsz);
 
-	return crc_of_list(image, n);
+	return crc_of_sources(image, n);
 }
 
 /**
@@ -111,8 +144,14 @@ void kexec_verify_init(struct kimage *image, struct kexec_control_args *args)
 			};
 	}
 
-	if (args)
+	image->arch.list_entries = U64_MAX;
+	image->arch.list_crc = crc_of_list(image, &image->arch.list_entries);
+
+	if (args) {
+		args->list.crc = image->arch.list_crc;
+		args->list_entries = image->arch.list_entries;
 		args->verify = true;
+	}
 }
 
 /**
@@ -125,10 +164,16 @@ void kexec_verify_init(struct kimage *image, struct kexec_control_args *args)
  */
 int machine_kexec_verify(const struct kimage *image)
 {
+	u64 entries = image->arch.list_entries;
 	unsigned long i;
 
 	if (!image->arch.verify)
 		return 0;
+
+	if (crc_of_list(image, &entries) != image->arch.list_crc) {
+		pr_err("the list of pages was overwritten\n");
+		return -EIO;
+	}
 
 	for (i = 0; i < image->nr_segments; i++) {
 		u32 crc;

@@ -94,7 +94,7 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 	ldp	x25, x26, [x28, #KEXEC_ARGS_START]	// and the device tree
 	ldr	x27, [x28, #KEXEC_ARGS_EL2]
 	ldr	x15, [x28, #KEXEC_ARGS_VERIFY]
-	add	x14, x28, #KEXEC_ARGS_CRC - KEXEC_CRC_SIZE
+	add	x14, x28, #KEXEC_ARGS_LIST
 	mov	x19, xzr
 	mov	x20, xzr
 	raw_dcache_line_size x24, x0
@@ -106,6 +106,27 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 	 * TLB in between.
 	 */
 	break_before_make_ttbr_switch x9, x8, x0, x1
+
+	/*
+	 * Where to write is as important as what. Follow the list once, up to
+	 * the length it had, before anything is written.
+	 */
+	cbz	x15, .Lentry
+	ldr	x10, [x28, #KEXEC_ARGS_LIST_ENTRIES]
+	mov	w16, #~0
+	mov	x9, x22
+1:	crc32cx	w16, w16, x9
+	tbnz	x9, #IND_DONE_BIT, 3f
+	tbz	x9, #IND_INDIRECTION_BIT, 2f
+	and	x8, x9, #PAGE_MASK
+	add	x8, x8, x23
+2:	sub	x10, x10, #1
+	cbz	x10, kexec_corrupt
+	ldr	x9, [x8], #8
+	b	1b
+3:	ldr	w8, [x14]
+	cmp	w8, w16
+	b.ne	kexec_corrupt
 
 .Lentry:
 	and	x0, x22, #PAGE_MASK
@@ -259,7 +280,7 @@ SYM_CODE_END(kexec_check_crc)
 	.endm
 
 /*
- * kexec_corrupt - report a segment whose CRC is not what it was at load
+ * kexec_corrupt - report a segment or list whose CRC is not what it was at load
  *
  * x14 and w16 as above: what was expected and what was found. Does not return.
  */
@@ -271,8 +292,14 @@ SYM_CODE_START_LOCAL(kexec_corrupt)
 	mov	x0, #1
 	msr	tpidrro_el0, x0		// as if a fault had been taken
 	bl	kexec_mmu_off
-	say	"\r\nkexec: corrupt image: segment ", x17
-	say	", CRC32C at load ", x13
+	say	"\r\nkexec: corrupt image: "
+	add	x8, x28, #KEXEC_ARGS_LIST
+	cmp	x14, x8
+	b.ne	1f
+	say	"list of pages"
+	b	2f
+1:	say	"segment ", x17
+2:	say	", CRC32C at load ", x13
 	say	", now ", x16
 	b	kexec_give_up
 SYM_CODE_END(kexec_corrupt)
@@ -344,21 +371,28 @@ SYM_CODE_END(kexec_fault)
  * kexec_give_up - do what panic_timeout says: 0 parks, anything else resets
  *
  * x12: slot of the exception, 0 if there was none; x28 as above. The MMU is
- * off. Does not return.
+ * off. Does not return. After a second exception this writes nothing: writing
+ * may be what caused it.
  */
 SYM_CODE_START_LOCAL(kexec_give_up)
 	ldr	w8, [x28, #KEXEC_ARGS_TIMEOUT]
 	cbz	w8, 2f
 	ldr	w8, [x28, #KEXEC_ARGS_PSCI]
 	cbz	w8, 2f
+	mrs	x0, tpidrro_el0
+	cmp	x0, #1
+	b.hi	3f
 	say	"\r\nkexec: resetting\r\n"
-	mov_q	x0, PSCI_0_2_FN_SYSTEM_RESET
+3:	mov_q	x0, PSCI_0_2_FN_SYSTEM_RESET
 	cmp	w8, #KEXEC_PSCI_HVC
 	b.eq	1f
 	smc	#0
 	b	2f
 1:	hvc	#0
-2:	say	"\r\nkexec: parked\r\n"	// no reset wanted, or none to be had
+2:	mrs	x0, tpidrro_el0		// no reset wanted, or none to be had
+	cmp	x0, #1
+	b.hi	kexec_park
+	say	"\r\nkexec: parked\r\n"
 SYM_INNER_LABEL(kexec_park, SYM_L_LOCAL)
 	cbz	x12, kexec_corrupt_park
 	add	x12, x12, #TRANS_PGD_VECTOR_PARK
@@ -440,7 +474,7 @@ SYM_CODE_END(kexec_puts)
  *
  * The flag that tells whether there is room is bit 5 of a register, set by one
  * kind of UART (16550: LSR.THRE) and clear on the other (PL011: FR.TXFF). A
- * UART that never has room loses the character.
+ * UART that does not get room is given up.
  *
  * w2: character, x28 as above. Corrupts x1, x3 and x9 to x11.
  */
@@ -451,7 +485,7 @@ SYM_CODE_START_LOCAL(kexec_putc)
 	add	x9, x9, x1
 	ldr	w11, [x28, #KEXEC_ARGS_UART_WIDTH]
 	mov	w3, #1 << 20
-1:	cbz	w3, 9f
+1:	cbz	w3, 8f
 	sub	w3, w3, #1
 	tbnz	w11, #2, 3f		// 4 bytes
 	tbnz	w11, #1, 2f		// 2 bytes
@@ -471,6 +505,8 @@ SYM_CODE_START_LOCAL(kexec_putc)
 5:	strh	w2, [x9]
 	ret
 6:	str	w2, [x9]
+	ret
+8:	str	xzr, [x28, #KEXEC_ARGS_UART]	// don't wait for each character
 9:	ret
 SYM_CODE_END(kexec_putc)
 

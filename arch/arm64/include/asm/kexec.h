@@ -111,6 +111,8 @@ int machine_kexec_post_load(struct kimage *image);
  * @t0sz: TCR_EL1.T0SZ that @ttbr0 needs
  * @verify: @crc is valid and checked before and during execution
  * @crc: CRC32C of each segment as it was loaded, in the order of the segments
+ * @list_crc: CRC32C of the entries in the kimage list, the last one included
+ * @list_entries: how many there are
  */
 struct kimage_arch {
 	void *dtb;
@@ -121,6 +123,8 @@ struct kimage_arch {
 #ifdef CONFIG_ARM64_KEXEC_VERIFY
 	bool verify;
 	u32 crc[16];
+	u32 list_crc;
+	u64 list_entries;
 #endif
 };
 
@@ -147,8 +151,10 @@ struct kexec_control_crc {
  * @start: physical address of the entry to the new image
  * @dtb_mem: physical address of its device tree, or 0
  * @el2: not 0 if EL2 has to be entered from EL1 by an HVC
- * @verify: not 0 if @crc is valid
- * @crc: the segments in the order of the list
+ * @verify: not 0 if @list and @crc are valid
+ * @list_entries: number of entries in the kimage list, the last one included
+ * @list: what these entries have to be; its segment has no meaning
+ * @crc: the segments in the order of the list; follows @list
  * @uart: physical address of the UART's data register, 0 if there is none
  * @uart_status: from there to the status register, bytes
  * @uart_busy: bit 5 as it is in the status register while there is no room
@@ -168,6 +174,8 @@ struct kexec_control_args {
 	u64 dtb_mem;
 	u64 el2;
 	u64 verify;
+	u64 list_entries;
+	struct kexec_control_crc list;
 	struct kexec_control_crc crc[16];
 	u64 uart;
 	u32 uart_status;

@@ -1,0 +1,171 @@
+"""What goes wrong on the way to the next kernel is refused, or reported and over within seconds."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Callable, Iterator
+
+import pytest
+
+from conftest import LAB, Lab
+from lab import qemu
+from lab.cells import CELLS, Cell
+from lab.crc import crc32c
+from lab.faults import (BEYOND, CALL, IN_PLACE, LIMIT, MACHINES, REFUSAL, SLOTS, Fault, at_slot, copy_loops,
+                        differences, differences_corrupt)
+from lab.handover import handover
+from lab.kload import Segment, kload
+from lab.stage import PAGE, Stage
+
+pytestmark = pytest.mark.faults
+
+on_every_machine = pytest.mark.cells(*(CELLS[name] for name in MACHINES))
+
+
+def names(faults: list[Fault]) -> dict[str, object]:
+    return {"argvalues": faults, "ids": [fault.name for fault in faults]}
+
+
+@pytest.fixture(scope="module")
+def stages(request: pytest.FixtureRequest) -> Iterator[Callable[[Cell], Stage]]:
+    """One machine per cell, for all tests that can put it back to where they want it."""
+    lab: Lab = request.config.stash[LAB]
+    running: dict[str, Stage] = {}
+    with ExitStack() as stack:
+        def stage(cell: Cell) -> Stage:
+            if cell.name not in running:
+                running[cell.name] = stack.enter_context(new_stage(lab, cell))
+            return running[cell.name]
+
+        yield stage
+
+
+def new_stage(lab: Lab, cell: Cell, **options: str) -> Stage:
+    assert lab.guest
+    return Stage(cell, lab.kernels[cell.kernel], lab.guest, report=lab.report, **options)
+
+
+# Before the point of no return
+
+def refused(stage: Stage, fault: Fault) -> None:
+    """A fault before the reboot call makes it fail with EIO, and the log names the segment."""
+    expected = fault.inject(stage.at_call())
+    answer = stage.answer()
+    assert answer is not None, "kexec -e does not return"
+    rc, said = answer
+    assert rc != 0 and "Input/output error" in said
+    *_, match = REFUSAL.finditer(stage.machine.sh("dmesg"))
+    assert not differences_corrupt(expected, match)
+
+
+@on_every_machine
+def test_refused(cell: Cell, lab: Lab) -> None:
+    """A loaded page was overwritten: the call fails, the system stays up, and once reloaded it goes."""
+    with new_stage(lab, cell, name=f"faults.refused.{cell.name}") as stage:
+        for fault in CALL:
+            refused(stage, fault)
+            stage.reload()
+        handover(stage.machine, "load-nocheck")
+
+
+@pytest.mark.cells(CELLS["4k-va48-vhe-cma"])
+def test_refused_in_place(cell: Cell, lab: Lab) -> None:
+    """The same for an image that kexec_file_load() put where it is executed."""
+    with new_stage(lab, cell, loader="file", name=f"faults.refused.{cell.name}") as stage:
+        assert stage.loaded.bytes_to_move == 0
+        refused(stage, IN_PLACE)
+        handover(stage.machine, "file")
+
+
+@on_every_machine
+def test_crc_of_the_last_segment(cell: Cell, stages: Callable[[Cell], Stage]) -> None:
+    """The CRC32C in the control page is that of the pages that were loaded."""
+    scene = stages(cell).at_entry(0)
+    last = scene.last.segment
+    pages = [e.address for e in scene.entries if e.segment == last][1:]
+    assert crc32c(b"".join(scene.gdb.read(page, PAGE) for page in pages)) == scene.crc(last)
+
+
+# Beyond it
+
+def check(stage: Stage, fault: Fault, panic: int) -> None:
+    scene = stage.scene(fault, panic)
+    expected = fault.inject(scene)
+    outcome = stage.watch(scene, LIMIT + 1)
+    wrong = differences(expected, outcome, panic)
+    assert not wrong, f"{fault.what}:\n{outcome.text[:600]}"
+
+
+@pytest.mark.parametrize("panic", (0, 1))
+@pytest.mark.parametrize("fault", **names([f for f in BEYOND if len(f.els) == 3]))
+@on_every_machine
+def test_reported(cell: Cell, fault: Fault, panic: int, stages: Callable[[Cell], Stage]) -> None:
+    """Reported, and then the machine parks or is reset, as panic_timeout says."""
+    check(stages(cell), fault, panic)
+
+
+@pytest.mark.parametrize("panic", (0, 1))
+@pytest.mark.parametrize("fault", **names([f for f in BEYOND if "vhe" not in f.els]))
+@pytest.mark.cells(CELLS["4k-va48-nvhe-a57"])
+def test_reported_nvhe(cell: Cell, fault: Fault, panic: int, stages: Callable[[Cell], Stage]) -> None:
+    """What only a kernel at EL1 with EL2 below it can meet."""
+    check(stages(cell), fault, panic)
+
+
+@pytest.mark.parametrize("panic", (0, 1))
+@pytest.mark.parametrize("fault", **names([f for f in BEYOND if f.els == ("nvhe", "vhe")]))
+@pytest.mark.cells(CELLS["4k-va48-nvhe-a57"], CELLS["4k-va48-vhe"])
+def test_reported_el2(cell: Cell, fault: Fault, panic: int, stages: Callable[[Cell], Stage]) -> None:
+    """What only a machine with EL2 can meet."""
+    check(stages(cell), fault, panic)
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+@on_every_machine
+def test_every_vector_names_itself(cell: Cell, slot: str, stages: Callable[[Cell], Stage]) -> None:
+    """A CPU that comes to a slot reports its name and parks there."""
+    if slot == "lower sync" and cell.el != "vhe":
+        slot = "spx sync"  # at EL1 it must not look at EL2's registers: that is another exception
+    check(stages(cell), at_slot(slot), 0)
+
+
+@on_every_machine
+def test_without_a_fault(cell: Cell, stages: Callable[[Cell], Stage]) -> None:
+    """All that is in the way of the next kernel here is the fault."""
+    stage = stages(cell)
+    outcome = stage.watch(stage.copying(0), 30)
+    assert outcome.hello and outcome.hello["payload"] == stage.machine.guest.payload
+
+
+# What verification costs
+
+@pytest.mark.cells(CELLS["4k-va48-vhe"])
+def test_cost_in_the_copy_loop(cell: Cell, stages: Callable[[Cell], Stage]) -> None:
+    """Instructions per 64 bytes: at most ten more than without verification."""
+    stage = stages(cell)
+    plain, verified = copy_loops(stage.at_entry(0).text)
+    stage.machine.report(f"   {plain} instructions per 64 bytes, {verified} with verification")
+    assert plain < verified <= plain + 10
+
+
+@pytest.mark.cells(CELLS["4k-va48-vhe"])
+def test_cost_before_shutdown(cell: Cell, lab: Lab) -> None:
+    """The check of an image takes a time that grows with its size, and not much else."""
+    with new_stage(lab, cell, name=f"faults.cost.{cell.name}") as stage:
+        seconds = {mib: seconds_to_check(stage, mib) for mib in (16, 64, 256)}
+        per_mib = (seconds[256] - seconds[64]) / 192
+        stage.machine.report(f"   check before shutdown, emulated: {per_mib * 1e3:.2f} ms per MiB, "
+                             + ", ".join(f"{mib} MiB in {took * 1e3:.0f} ms" for mib, took in seconds.items()))
+    assert per_mib < 0.01
+
+
+def seconds_to_check(stage: Stage, mib: int) -> float:
+    """How long an image of that size takes to be checked, and refused."""
+    memory = Segment(qemu.RAM_BASE + (1 << 30), mib << 20, f"fill 0x5a {mib << 20}")
+    assert kload(stage.machine, [memory]) == "0"
+    scene = stage.at_call()
+    scene.flip(scene.last, 0, 0)
+    seconds = stage.seconds_in("machine_kexec_verify")
+    answer = stage.answer()
+    assert answer and answer[0] != 0
+    return seconds
