@@ -91,14 +91,6 @@ class Gdb:
 
     # vCPUs
 
-    def threads(self) -> list[str]:
-        """The names of the vCPUs, for select()."""
-        reply, names = self._ask("qfThreadInfo"), []
-        while reply.startswith("m"):
-            names += reply[1:].split(",")
-            reply = self._ask("qsThreadInfo")
-        return names
-
     def select(self, thread: str) -> None:
         """Registers, virtual addresses and step() are those of this vCPU from now on."""
         self._order(f"Hg{thread}")
