@@ -139,7 +139,8 @@ def load_over_running_kernel(m: Machine) -> list[Segment]:
     m.put("/tmp/dtb", blob)
     dtb = Segment(dtb_at, size, "file /tmp/dtb")
     zeros = [Segment(start, end - start) for start, end in subtract(rest, [(dtb.mem, dtb.end)])]
-    segments = [kernel, initrd, dtb, *zeros]
+    # What the next kernel cannot do without comes last, down to its last page.
+    segments = [kernel, initrd, *zeros, dtb]
     assert not subtract(used, [(s.mem, s.end) for s in segments])
     error = kload(m, segments, entry=dtb.mem)
     assert error == "0", f"{error}: {segments}"
