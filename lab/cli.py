@@ -182,7 +182,7 @@ def _pytest_command(args: argparse.Namespace) -> list[str]:
 
 
 def _check(args: argparse.Namespace) -> int:
-    host.require("base", "build", "boot", "dtb", "test", "lint")
+    host.require("base", "build", "boot", "test", "lint")
     os.chdir(paths.ROOT)
     command = _pytest_command(args)
     os.execv(command[0], command)
@@ -245,8 +245,8 @@ def _cleaned(args: argparse.Namespace) -> list[Path]:
 
 def _explain(args: argparse.Namespace) -> None:
     """What a command would do, in the order in which it would."""
-    needs = {"run": ("base", "build", "boot", "dtb"), "shell": ("base", "build", "boot", "dtb"),
-             "check": ("base", "build", "boot", "dtb", "test", "lint"), "build": ("base", "build"),
+    needs = {"run": ("base", "build", "boot"), "shell": ("base", "build", "boot"),
+             "check": ("base", "build", "boot", "test", "lint"), "build": ("base", "build"),
              "tree": ("base",), "series": ("base",)}.get(args.command, ())
     missing = host.missing_packages(*needs) if needs and host.is_debian() else []
     if missing:

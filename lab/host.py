@@ -35,8 +35,7 @@ FEATURES: dict[str, Feature] = {
     "base": Feature(("git", "tar", "xz-utils"), ("git", "tar", "xz")),
     "build": Feature(("gcc", "libc6-dev", *_CROSS, "make", "bison", "flex", "bc", "perl", "ccache"),
                      (CROSS_COMPILE + "gcc", "gcc", "make", "bison", "flex", "bc", "perl", "ccache")),
-    "boot": Feature(("qemu-system-arm", "cpio"), ("qemu-system-aarch64", "cpio")),
-    "dtb": Feature(("device-tree-compiler",), ("dtc",)),
+    "boot": Feature(("qemu-system-arm",), ("qemu-system-aarch64",)),
     "test": Feature(("python3-pytest", "python3-pytest-timeout"), ()),
     "lint": Feature(("sparse", "perl", "patch"), ("sparse", "perl", "patch")),
 }
