@@ -47,7 +47,7 @@ class Cell:
     cpu: str = MAX  # QEMU's -cpu
     cpus: int = 2
     memory: int = 2048
-    rodata: str = "full"  # or "on"
+    rodata: str = "on"  # the linear map consists of pages; or "noalias": of blocks
     kaslr: bool = True
     append: tuple[str, ...] = ()  # kernel parameters beyond those the fields stand for
     holes: bool = False  # reserved-memory nodes with no-map in odd places
@@ -79,43 +79,43 @@ def _all() -> list[Cell]:
     return [
         # Every kernel at every exception level.
         _cell(K4_48, "vhe", core=True),
-        _cell(K4_48, "el1", cpus=1, memory=MIB1537, rodata="on", kaslr=False, core=True),
+        _cell(K4_48, "el1", cpus=1, memory=MIB1537, rodata="noalias", kaslr=False, core=True),
         _cell(K4_48, "nvhe", cpus=4, memory=MIB512, core=True),
-        _cell(K64_52, "vhe", cpus=4, memory=MIB1537, rodata="on", core=True),
+        _cell(K64_52, "vhe", cpus=4, memory=MIB1537, rodata="noalias", core=True),
         _cell(K64_52, "el1", cpus=2, memory=GIB2, core=True),
         _cell(K64_52, "nvhe", cpus=1, memory=GIB16, kaslr=False, core=True),
-        _cell(K4_39, "vhe", cpus=1, memory=GIB16, rodata="on", kaslr=False),
+        _cell(K4_39, "vhe", cpus=1, memory=GIB16, rodata="noalias", kaslr=False),
         _cell(K4_39, "el1", cpus=4, memory=MIB512, kaslr=False),
-        _cell(K4_39, "nvhe", cpus=2, memory=GIB64, rodata="on"),
+        _cell(K4_39, "nvhe", cpus=2, memory=GIB64, rodata="noalias"),
         _cell(K4_52, "vhe", cpus=4, memory=GIB64),
         _cell(K4_52, "el1", cpus=2, memory=GIB16, kaslr=False),
-        _cell(K4_52, "nvhe", cpus=1, memory=GIB2, rodata="on"),
+        _cell(K4_52, "nvhe", cpus=1, memory=GIB2, rodata="noalias"),
         _cell(K16_47, "vhe", cpus=2, memory=MIB512, kaslr=False),
-        _cell(K16_47, "el1", cpus=1, memory=GIB64, rodata="on"),
+        _cell(K16_47, "el1", cpus=1, memory=GIB64, rodata="noalias"),
         _cell(K16_47, "nvhe", cpus=4, memory=MIB1537),
         _cell(K16_52, "vhe", cpus=1, memory=GIB2),
-        _cell(K16_52, "el1", cpus=4, memory=MIB1537, rodata="on"),
+        _cell(K16_52, "el1", cpus=4, memory=MIB1537, rodata="noalias"),
         _cell(K16_52, "nvhe", cpus=2, memory=MIB512, kaslr=False),
-        _cell(K64_42, "vhe", cpus=2, memory=GIB64, rodata="on"),
+        _cell(K64_42, "vhe", cpus=2, memory=GIB64, rodata="noalias"),
         _cell(K64_42, "el1", cpus=1, memory=GIB2, kaslr=False),
         _cell(K64_42, "nvhe", cpus=4, memory=GIB16),
         _cell(K64_48, "vhe", cpus=1, memory=MIB512),
         _cell(K64_48, "el1", cpus=4, memory=GIB64),
-        _cell(K64_48, "nvhe", cpus=2, memory=MIB1537, rodata="on"),
+        _cell(K64_48, "nvhe", cpus=2, memory=MIB1537, rodata="noalias"),
         # CPUs that were sold, without VHE, LVA, LPA2 or 16K pages.
-        _cell(K4_48, "nvhe", "a57", cpu=A57, rodata="on", core=True),
+        _cell(K4_48, "nvhe", "a57", cpu=A57, rodata="noalias", core=True),
         _cell(K4_48, "el1", "a72", cpu=A72, cpus=4, core=True),
         _cell(K64_52, "nvhe", "a72", cpu=A72, core=True),
         _cell(K4_39, "nvhe", "a72", cpu=A72, cpus=1, kaslr=False),
         _cell(K4_52, "nvhe", "a57", cpu=A57, cpus=4),
-        _cell(K4_52, "el1", "a72", cpu=A72, memory=MIB512, rodata="on"),
-        _cell(K64_42, "el1", "a57", cpu=A57, rodata="on"),
+        _cell(K4_52, "el1", "a72", cpu=A72, memory=MIB512, rodata="noalias"),
+        _cell(K64_42, "el1", "a57", cpu=A57, rodata="noalias"),
         _cell(K64_48, "nvhe", "a72", cpu=A72, cpus=1),
         # A 52-bit kernel on a machine that has fewer.
         _cell(K64_52, "vhe", "nolva", cpu=MAX_NOLPA2, append=NOLVA, core=True),
         _cell(K4_52, "vhe", "nolpa2", cpu=MAX_NOLPA2),
         _cell(K4_52, "el1", "nolpa2", cpu=MAX_NOLPA2, cpus=1, kaslr=False),
-        _cell(K16_52, "vhe", "nolpa2", cpu=MAX_NOLPA2, rodata="on"),
+        _cell(K16_52, "vhe", "nolpa2", cpu=MAX_NOLPA2, rodata="noalias"),
         _cell(K16_52, "nvhe", "nolpa2", cpu=MAX_NOLPA2, cpus=4),
         # Memory sizes, everything else alike: what the tables cost.
         _cell(K4_48, "vhe", "512m", memory=MIB512, core=True),
@@ -125,7 +125,7 @@ def _all() -> list[Cell]:
         # RAM with no-map holes.
         _cell(K4_48, "vhe", "holes", holes=True, core=True),
         _cell(K64_52, "el1", "holes", holes=True, core=True),
-        _cell(K16_47, "nvhe", "holes", holes=True, rodata="on"),
+        _cell(K16_47, "nvhe", "holes", holes=True, rodata="noalias"),
         # Room for kexec_file_load() to place segments in CMA.
         _cell(K4_48, "vhe", "cma", append=("cma=256M",), core=True),
         _cell(K64_52, "nvhe", "cma", append=("cma=512M",), core=True),
@@ -133,7 +133,7 @@ def _all() -> list[Cell]:
         # lockdep, DEBUG_PAGEALLOC, DEBUG_VIRTUAL, KFENCE, UBSAN; a warning is a panic.
         _cell(DEBUG, "vhe", append=("panic_on_warn=1",)),
         _cell(DEBUG, "el1", cpu=A57, kaslr=False, append=("panic_on_warn=1",)),
-        _cell(DEBUG, "nvhe", cpus=4, rodata="on", append=("panic_on_warn=1",)),
+        _cell(DEBUG, "nvhe", cpus=4, rodata="noalias", append=("panic_on_warn=1",)),
     ]
 
 

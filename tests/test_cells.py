@@ -22,7 +22,7 @@ def test_every_kernel_at_every_exception_level() -> None:
 
 
 @pytest.mark.parametrize("field, values", [
-    ("cpu", (A57, A72, MAX, MAX_NOLPA2)), ("cpus", (1, 2, 4)), ("memory", MEMORY), ("rodata", ("on", "full")),
+    ("cpu", (A57, A72, MAX, MAX_NOLPA2)), ("cpus", (1, 2, 4)), ("memory", MEMORY), ("rodata", ("on", "noalias")),
     ("kaslr", (True, False))])
 def test_every_value_several_times_and_at_every_level_that_can(field: str, values: tuple[object, ...]) -> None:
     for value in values:
@@ -33,7 +33,7 @@ def test_every_value_several_times_and_at_every_level_that_can(field: str, value
 
 
 def test_every_pair_of_small_dimensions() -> None:
-    dimensions = {"el": LEVELS, "cpus": (1, 2, 4), "rodata": ("on", "full"), "kaslr": (True, False)}
+    dimensions = {"el": LEVELS, "cpus": (1, 2, 4), "rodata": ("on", "noalias"), "kaslr": (True, False)}
     for one, other in combinations(dimensions, 2):
         met = {(getattr(cell, one), getattr(cell, other)) for cell in ALL}
         missing = {(a, b) for a in dimensions[one] for b in dimensions[other]} - met
@@ -41,7 +41,7 @@ def test_every_pair_of_small_dimensions() -> None:
 
 
 def test_special_machines() -> None:
-    assert {cell.memory for cell in ALL if cell.rodata == "full"} >= set(MEMORY)
+    assert {cell.memory for cell in ALL if cell.rodata == "on"} >= set(MEMORY)
     assert {cell.el for cell in ALL if cell.holes} == set(LEVELS)
     assert {cell.el for cell in ALL if any(word.startswith("cma=") for word in cell.append)} == set(LEVELS)
     debug = [cell for cell in ALL if cell.kernel.flavour == "debug"]
