@@ -84,11 +84,6 @@ static u32 crc_of_sources(const struct kimage *image, unsigned long n)
 	return crc;
 }
 
-static bool in_place(const struct kimage *image, unsigned long n)
-{
-	return image->type == KEXEC_TYPE_CRASH || image->segment_cma[n];
-}
-
 /* IMA writes to its segment until the system is shut down */
 static bool may_change(const struct kimage *image, unsigned long n)
 {
@@ -103,7 +98,7 @@ static u32 crc_of_segment(const struct kimage *image, unsigned long n)
 {
 	const struct kexec_segment *segment = &image->segment[n];
 
-	if (in_place(image, n))
+	if (image->segment_cma[n])
 		return crc_of_pages(~0, phys_to_virt(segment->mem),
 				    segment->memsz);
 
@@ -114,6 +109,9 @@ static u32 crc_of_segment(const struct kimage *image, unsigned long n)
  * kexec_verify_init() - compute what is to be verified later
  * @image: image with all its segments loaded
  * @args: arguments in the control page, or NULL if there is nothing to move
+ *
+ * A crash kernel is entered whatever has become of it: there is nothing to go
+ * back to.
  *
  * Without FEAT_CRC32 this would take the place of the purgatory's SHA-256, and
  * be as slow: verification is off then, and the log says so.
@@ -128,6 +126,9 @@ void kexec_verify_init(struct kimage *image, struct kexec_control_args *args)
 	BUILD_BUG_ON(ARRAY_SIZE(image->arch.crc) < KEXEC_SEGMENT_MAX);
 	BUILD_BUG_ON(ARRAY_SIZE(args->crc) < KEXEC_SEGMENT_MAX);
 
+	if (image->type == KEXEC_TYPE_CRASH)
+		return;
+
 	image->arch.verify = cpus_have_final_cap(ARM64_HAS_CRC32);
 	if (!image->arch.verify) {
 		pr_info_once("images are not verified: this CPU has no FEAT_CRC32\n");
@@ -136,7 +137,7 @@ void kexec_verify_init(struct kimage *image, struct kexec_control_args *args)
 
 	for (i = 0; i < image->nr_segments; i++) {
 		image->arch.crc[i] = crc_of_segment(image, i);
-		if (crc && !in_place(image, i))
+		if (crc && !image->segment_cma[i])
 			*crc++ = (struct kexec_control_crc) {
 				.crc = image->arch.crc[i],
 				.segment = i,
@@ -166,18 +167,19 @@ int machine_kexec_verify(const struct kimage *image)
 {
 	u64 entries = image->arch.list_entries;
 	unsigned long i;
+	u32 crc;
 
 	if (!image->arch.verify)
 		return 0;
 
-	if (crc_of_list(image, &entries) != image->arch.list_crc) {
-		pr_err("the list of pages was overwritten\n");
+	crc = crc_of_list(image, &entries);
+	if (crc != image->arch.list_crc) {
+		pr_err("the list of pages was overwritten: CRC32C at load %#x, now %#x\n",
+		       image->arch.list_crc, crc);
 		return -EIO;
 	}
 
 	for (i = 0; i < image->nr_segments; i++) {
-		u32 crc;
-
 		if (may_change(image, i))
 			continue;
 

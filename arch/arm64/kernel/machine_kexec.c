@@ -31,6 +31,7 @@
 #include <asm/daifflags.h>
 #include <asm/memory.h>
 #include <asm/sections.h>
+#include <asm/setup.h>
 #include <asm/trans_pgd.h>
 #include <asm/virt.h>
 
@@ -128,6 +129,22 @@ static int kexec_check_segments(const struct kimage *image)
 	return 0;
 }
 
+/*
+ * An arm64 kernel drops what is beyond this length, and boots without the
+ * parameters that stood there.
+ */
+static int kexec_check_cmdline(const struct kimage *image)
+{
+#ifdef CONFIG_KEXEC_FILE
+	if (image->cmdline_buf_len > COMMAND_LINE_SIZE) {
+		pr_err("a command line of %lu bytes: no more than %d reach the next kernel\n",
+		       image->cmdline_buf_len, COMMAND_LINE_SIZE);
+		return -E2BIG;
+	}
+#endif
+	return 0;
+}
+
 /**
  * machine_kexec_prepare() - refuse what could not be executed
  * @image: image with its segments known, but not loaded yet
@@ -136,16 +153,22 @@ static int kexec_check_segments(const struct kimage *image)
  *
  * Return: 0, -EBUSY if a CPU could not leave the kernel that is about to be
  * overwritten, -EADDRNOTAVAIL if a destination is not memory, -EACCES if it is
- * memory that must not be mapped.
+ * memory that must not be mapped, -E2BIG if the command line is too long.
  */
 int machine_kexec_prepare(struct kimage *image)
 {
+	int ret;
+
 	if (image->type != KEXEC_TYPE_CRASH && cpus_are_stuck_in_kernel()) {
 		pr_err("CPUs are stuck in the kernel, it can't be replaced\n");
 		return -EBUSY;
 	}
 
-	return kexec_check_segments(image);
+	ret = kexec_check_segments(image);
+	if (ret)
+		return ret;
+
+	return kexec_check_cmdline(image);
 }
 
 static void *kexec_alloc_table(void *arg)

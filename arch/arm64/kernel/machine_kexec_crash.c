@@ -7,15 +7,18 @@
 
 #define pr_fmt(fmt) "kexec: " fmt
 
-#include <linux/crash_core.h>
 #include <linux/ioport.h>
 #include <linux/irq.h>
 #include <linux/irqflags.h>
 #include <linux/kexec.h>
+#include <linux/mm.h>
 #include <linux/pfn.h>
 #include <linux/printk.h>
 #include <linux/reboot.h>
+#include <linux/set_memory.h>
 #include <linux/smp.h>
+#include <linux/vmalloc.h>
+#include <linux/vmcore_info.h>
 
 /**
  * machine_crash_shutdown() - stop the other CPUs, save this one's registers
@@ -34,6 +37,68 @@ void machine_crash_shutdown(struct pt_regs *regs)
 	machine_kexec_mask_interrupts();
 
 	pr_info("Starting crashdump kernel...\n");
+}
+
+/*
+ * The linear map has the loaded crash kernel, and the page of the reservation
+ * that the kernel itself writes to when it crashes, through another mapping.
+ */
+static int crash_image_set_valid(bool valid)
+{
+	const struct kexec_segment *segment = kexec_crash_image->segment;
+	void *note = kexec_crash_image->vmcoreinfo_data_copy;
+	unsigned long i;
+	int ret = 0;
+
+	for (i = 0; !ret && i < kexec_crash_image->nr_segments; i++, segment++)
+		ret = set_memory_valid((unsigned long)phys_to_virt(segment->mem),
+				       PFN_UP(segment->memsz), valid);
+
+	if (!ret && note)
+		ret = set_memory_valid((unsigned long)page_address(vmalloc_to_page(note)),
+				       PFN_UP(VMCOREINFO_BYTES), valid);
+
+	return ret;
+}
+
+/**
+ * arch_kexec_protect_crashkres() - keep stray writes out of the crash kernel
+ *
+ * What was loaded becomes invalid in the linear map. Nothing needs it there to
+ * enter the crash kernel: that was cleaned to the PoC when it was loaded. The
+ * map is not made any finer for this than the configuration has it anyway:
+ * page mappings cost every other access.
+ *
+ * Context: process context, kexec lock held, a crash image is loaded; or the
+ * last CPU that is online, on its way out of hibernation.
+ */
+void arch_kexec_protect_crashkres(void)
+{
+	int ret;
+
+	if (!can_set_direct_map()) {
+		pr_info_once("the loaded crash kernel is not protected: the linear map is made of blocks (see rodata=)\n");
+		return;
+	}
+
+	ret = crash_image_set_valid(false);
+	if (ret) {
+		pr_warn("the loaded crash kernel is not protected: error %d\n", ret);
+		crash_image_set_valid(true);
+	}
+}
+
+/**
+ * arch_kexec_unprotect_crashkres() - let the crash kernel be accessed again
+ *
+ * To be loaded anew, unloaded, updated, or saved by hibernate.
+ *
+ * Context: see arch_kexec_protect_crashkres().
+ */
+void arch_kexec_unprotect_crashkres(void)
+{
+	if (can_set_direct_map())
+		crash_image_set_valid(true);
 }
 
 #ifdef CONFIG_HIBERNATION

@@ -78,6 +78,14 @@ static __always_inline void crash_setup_regs(struct pt_regs *newregs,
 	newregs->pstate = pstate;
 }
 
+#ifdef CONFIG_CRASH_DUMP
+void arch_kexec_protect_crashkres(void);
+#define arch_kexec_protect_crashkres arch_kexec_protect_crashkres
+
+void arch_kexec_unprotect_crashkres(void);
+#define arch_kexec_unprotect_crashkres arch_kexec_unprotect_crashkres
+#endif
+
 #if defined(CONFIG_CRASH_DUMP) && defined(CONFIG_HIBERNATION)
 bool crash_is_nosave(unsigned long pfn);
 void crash_prepare_suspend(void);
