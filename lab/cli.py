@@ -13,6 +13,7 @@ from typing import Callable, NoReturn
 
 from lab import base, build, cells, host, lock, paths, proc, say, series, tree
 from lab.errors import LabError, UsageError
+from lab.kdump import CRASHES
 
 DESCRIPTION = """\
 Boots an arm64 Linux kernel that carries this repository's kexec under QEMU,
@@ -31,6 +32,8 @@ EXAMPLES = """\
 examples:
   ./kexec-lab run --loader file            only kexec_file_load
   ./kexec-lab run --cell 64k-va52-nvhe     another kernel and machine ('cells' lists them)
+  ./kexec-lab kdump --crash interrupt      a crash, and what the dump holds
+  ./kexec-lab hibernate --cycles 10        half of memory is checked after each
   ./kexec-lab check -m handover            one kind of test; further words go to pytest
   ./kexec-lab check --all                  every cell: some hours of work
   ./kexec-lab shell                        a prompt in a guest with kexec-tools in it
@@ -74,6 +77,16 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--all", action="store_true", help="every cell instead of two kernels' worth")
     _accel_option(check)
     _base_options(check)
+    kdump = add("kdump", _kdump, "crash a guest, save and check its dump")
+    _cell_options(kdump)
+    kdump.add_argument("--loader", choices=("load", "file", "both"), default="both",
+                       help="load: kexec -p -c; file: kexec -p -s; both (default)")
+    kdump.add_argument("--crash", choices=CRASHES, default="sysrq", help="how it crashes (default: sysrq)")
+    _base_options(kdump)
+    hibernate = add("hibernate", _hibernate, "hibernate and resume a guest, check its memory")
+    _cell_options(hibernate)
+    hibernate.add_argument("--cycles", type=int, default=2, metavar="N", help="how many times (default: 2)")
+    _base_options(hibernate)
     shell = add("shell", _shell, "open a prompt in a guest")
     _cell_options(shell)
     _base_options(shell)
@@ -169,6 +182,16 @@ def _run(args: argparse.Namespace) -> int:
     return run.main(args)
 
 
+def _kdump(args: argparse.Namespace) -> int:
+    from lab import kdump
+    return kdump.main(args)
+
+
+def _hibernate(args: argparse.Namespace) -> int:
+    from lab import hibernate
+    return hibernate.main(args)
+
+
 def _shell(args: argparse.Namespace) -> int:
     from lab import shell
     return shell.main(args)
@@ -245,7 +268,7 @@ def _cleaned(args: argparse.Namespace) -> list[Path]:
 
 def _explain(args: argparse.Namespace) -> None:
     """What a command would do, in the order in which it would."""
-    needs = {"run": ("base", "build", "boot"), "shell": ("base", "build", "boot"),
+    needs = {**dict.fromkeys(("run", "kdump", "hibernate", "shell"), ("base", "build", "boot")),
              "check": ("base", "build", "boot", "test", "lint"), "build": ("base", "build"),
              "tree": ("base",), "series": ("base",)}.get(args.command, ())
     missing = host.missing_packages(*needs) if needs and host.is_debian() else []
@@ -254,7 +277,7 @@ def _explain(args: argparse.Namespace) -> None:
     if needs:
         hand = os.environ.get("KERNEL_SRC")
         print(f"base:    {hand or f'{base.PACKAGE} from {base.SUITE}, through apt, unpacked below {paths.CACHE}'}")
-    if args.command in ("run", "shell"):
+    if args.command in ("run", "kdump", "hibernate", "shell"):
         cell = cells.cell(args.cell)
         print(f"build:   kernel {cell.kernel.name}, guest initramfs (busybox-static, kexec-tools for arm64)")
         print(f"boot:    {cell.name} under qemu-system-aarch64, {args.accel}: {cell.cpu}, {cell.cpus} CPUs, "

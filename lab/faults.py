@@ -114,8 +114,8 @@ REPORT = re.compile(
     r"kexec: (?P<end>parked|resetting)\n")
 MISMATCH = re.compile(r"kexec: corrupt image: (?:segment (?P<segment>\w+)|list of pages), CRC32C at load (?P<at_load>\w+), "
                       r"now (?P<now>\w+)\nkexec: (?P<end>parked|resetting)\n")
-REFUSAL = re.compile(r"kexec: segment (?P<segment>\d+) was overwritten: CRC32C at load (?P<at_load>\w+), "
-                     r"now (?P<now>\w+)")
+REFUSAL = re.compile(r"kexec: (?:segment (?P<segment>\d+)|the list of pages) was overwritten: "
+                     r"CRC32C at load (?P<at_load>\w+), now (?P<now>\w+)")
 NOTHING = r"(?s)(?!.*kexec: )"
 END = re.compile(r"^kexec: (parked|resetting)$", re.MULTILINE)
 
@@ -314,6 +314,11 @@ CALL = (
     Fault("source-bit", "A bit of a loaded page flips before the reboot call", "call", source_bit),
     Fault("source-last-byte", "... in the last byte of the last segment", "call", source_last_byte),
 )
+CALL_LIST = (
+    Fault("list-source", "List: a source is not mapped", "call", before_moving(list_source)),
+    Fault("list-elsewhere", "List: another destination", "call", list_elsewhere),
+    Fault("list-ends-between", "List: ends between two segments", "call", list_ends_between),
+)
 IN_PLACE = Fault("in-place-bit", "... of a segment that is in place", "call", in_place_bit)
 BEYOND = (
     Fault("source-bit", "A bit of a loaded page flips during shutdown", "entry", source_bit),
@@ -451,7 +456,7 @@ def copy_loops(text: tuple[int, ...]) -> tuple[int, int]:
 
 # What ours and mainline make of it
 
-QUIET = 12.0  # seconds after which a machine that shows nothing hangs
+QUIET = 8.0  # seconds after which a machine that shows nothing hangs
 
 
 def try_call(cell: Cell, built: Built, archives: Guest, fault: Fault) -> str:

@@ -38,8 +38,7 @@ class Gdb:
     """
 
     def __init__(self, path: Path) -> None:
-        self._end = socket.socket(socket.AF_UNIX)
-        self._end.connect(str(path))
+        self._end = self._connect(str(path))
         self._buffer = b""
         self._virtual = True
         self.stopped = True
@@ -47,6 +46,20 @@ class Gdb:
             pass
         # Once it has sent this, QEMU reads and writes single registers.
         self._ask("qXfer:features:read:target.xml:0,800")
+
+    @staticmethod
+    def _connect(path: str) -> socket.socket:
+        begin = time.monotonic()
+        while True:
+            end = socket.socket(socket.AF_UNIX)
+            try:
+                end.connect(path)
+                return end
+            except (FileNotFoundError, ConnectionRefusedError):  # QEMU has only just been started
+                end.close()
+                if time.monotonic() - begin > ANSWER:
+                    raise GdbError(f"QEMU does not serve gdb at {path}") from None
+                time.sleep(0.05)
 
     def __enter__(self) -> "Gdb":
         return self

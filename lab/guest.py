@@ -25,14 +25,14 @@ PAYLOAD = 32 << 20  # bytes
 SEED = b"kexec-lab payload"
 
 SCRIPTS = {"init": "init", "hello.awk": "hello.awk", "fetch": "bin/fetch", "motd": "etc/motd"}
-TOOLS = ("kload", "kpages")
+TOOLS = ("kload", "kpages", "pattern")
 CFLAGS = ("-static", "-O2", "-Wall", "-Wextra", "-Werror")
 # Busybox commands; those that nothing here uses are for people in `shell`.
 APPLETS = """
     [ awk base64 cat chmod chvt clear cmp cp cttyhack cut date dd df dmesg du echo env expr false find free
-    grep gzip head hexdump id kill killall less ln ls mkdir mknod mount mv nproc od poweroff printf ps pwd reboot
-    rm sed seq setsid sh sha256sum sleep sort stat sync tail tar test top touch tr true umount uname uptime vi
-    wc which xxd
+    grep gzip head hexdump id insmod kill killall less ln ls mkdir mknod mkswap mount mv nproc od poweroff printf ps
+    pwd reboot rm sed seq setsid sh sha256sum sleep sort stat swapoff swapon sync tail tar test top touch tr true
+    truncate umount uname uniq uptime vi wc which xxd
 """.split()
 
 
@@ -122,7 +122,7 @@ def _scripts() -> Files:
 
 
 def _programs(debs: Iterable[Path]) -> Files:
-    """busybox, and kexec with the shared libraries it needs."""
+    """busybox, and kexec-tools' programs with the shared libraries they need."""
     members: dict[str, bytes] = {}  # by file name alone: Debian merged /usr between releases
     links: dict[str, str] = {}
     for deb in debs:
@@ -130,14 +130,14 @@ def _programs(debs: Iterable[Path]) -> Files:
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             for member in tar:
                 name = Path(member.name).name
-                if not re.search(r"/s?bin/(busybox|kexec)$|/lib/([^/]+/)?(lib|ld-linux)[^/]*\.so[.\d]*$", member.name):
+                if not re.search(r"/s?bin/(busybox|kexec|vmcore-dmesg)$|/lib/([^/]+/)?(lib|ld-linux)[^/]*\.so[.\d]*$", member.name):
                     continue
                 if member.isfile():
                     members[name] = tar.extractfile(member).read()  # type: ignore[union-attr]
                 elif member.issym() and Path(member.linkname).name != name:
                     links[name] = Path(member.linkname).name
-    files: Files = {"bin/busybox": (0o755, members["busybox"]), "bin/kexec": (0o755, members["kexec"])}
-    wanted = ["kexec"]
+    files: Files = {f"bin/{name}": (0o755, members[name]) for name in ("busybox", "kexec", "vmcore-dmesg")}
+    wanted = ["kexec", "vmcore-dmesg"]
     while wanted:
         for library in _needed(members[_resolve(wanted.pop(), links)]):
             if f"lib/{library}" not in files:

@@ -22,6 +22,10 @@ KVM = {"el1": "HYP mode not available", "nvhe": "nVHE mode initialized", "vhe": 
 KASLR = {True: r"KASLR (enabled|disabled due to lack of seed)", False: r"KASLR disabled"}
 
 
+# What /proc/meminfo accounts for; the rest is what the kernel took page by page, and firmware.
+ACCOUNTED = "MemFree|Buffers|Cached|AnonPages|SReclaimable|PageTables|VmallocUsed|Percpu"
+
+
 class BadHandover(GuestFailure):
     """A kernel came up, but something is wrong with it."""
 
@@ -156,6 +160,15 @@ def check_log(m: Machine, loaded: Loaded) -> None:
 def reserved_pages(m: Machine) -> int:
     """How many pages are marked reserved, as those are that kexec holds."""
     return int(m.sh("kpages", timeout=300))
+
+
+def taken_memory(m: Machine) -> int:
+    """Memory in KiB that is in use and accounted for by nobody, or in objects that are not reclaimed."""
+    text = m.sh("sync; echo 3 >/proc/sys/vm/drop_caches; sleep 1\n"
+                f"awk '/^MemTotal:/ {{ n += $2 }} /^({ACCOUNTED}):/ {{ n -= $2 }} END {{ print n }}' /proc/meminfo\n"
+                "awk '/^ +count:/ { n += $2 } END { print n }' /proc/zoneinfo")  # free, but kept by CPUs
+    rest, kept = map(int, text.split())
+    return rest - kept * m.boot.cell.kernel.pages
 
 
 def control_pages(m: Machine) -> int:

@@ -1,4 +1,4 @@
-"""kexec_load() with segments of our own choice, through the guest's kload."""
+"""kexec_load() with segments of our own choice, and kexec_file_load(), through the guest's kload."""
 
 from __future__ import annotations
 
@@ -40,19 +40,33 @@ class Segment:
         return self.mem + self.memsz
 
 
-def kload(m: Machine, segments: Sequence[Segment], entry: int | None = None, flags: int | None = None) -> str:
-    """Call kexec_load(); returns the name of the error, or "0". `entry` None is the first segment."""
+def statements(segments: Sequence[Segment], entry: int | None = None, flags: int | None = None) -> str:
+    """What kload has to be told for a kexec_load(). `entry` None is the first segment."""
     lines = [f"segment {s.mem:#x} {s.memsz:#x} {s.contents}" for s in segments]
     if entry is None and segments:
         entry = segments[0].mem
     lines.append(f"entry {entry or 0:#x}")
     if flags is not None:
         lines.append(f"flags {flags:#x}")
-    text = "\n".join(lines)
+    return "\n".join(lines)
+
+
+def file_statements(kernel: str, initrd: str | None = None, cmdline: int = 1) -> str:
+    """The same for a kexec_file_load(): paths in the guest, and bytes of the command line, its end included."""
+    return "\n".join([f"kernel {kernel}", *([f"initrd {initrd}"] if initrd else []), f"cmdline {cmdline}"])
+
+
+def call(m: Machine, text: str) -> str:
+    """Have kload do what `text` says; returns the name of the error, or "0"."""
     result = m.run(f"kload <<EOF\n{text}\nEOF", timeout=300)
     if result.rc > 1:
         raise ValueError(f"kload: {result.out}")
     return result.out.strip()
+
+
+def kload(m: Machine, segments: Sequence[Segment], entry: int | None = None, flags: int | None = None) -> str:
+    """Call kexec_load(); returns the name of the error, or "0". `entry` None is the first segment."""
+    return call(m, statements(segments, entry, flags))
 
 
 def used_ranges(m: Machine) -> list[tuple[int, int]]:

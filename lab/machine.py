@@ -8,8 +8,10 @@ import re
 import select
 import socket
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Callable, Sequence
 
@@ -26,6 +28,8 @@ SILENCE_DEBUG = 240.0  # the same for a kernel that checks everything it does
 BOOT = 600.0  # seconds that a boot takes at most, whatever it says meanwhile
 TAIL = 25  # lines of the console that a failure shows
 
+BOOTING = "Booting Linux on physical CPU"  # the first line of every kernel
+RESUMED = re.compile(r"PM: hibernation: (hibernation exit|resume failed)|PM: Image not found")
 PANIC = re.compile(r"Kernel panic - not syncing: .*")
 COMPLAINT = re.compile(r"^(?:\[[^]]*\] ?)?((?:WARNING|BUG|UBSAN|KFENCE): .*|Internal error: .*|Unable to handle .*|"
                        r"INFO: (?:task|rcu|possible).*|=+ WARNING.*|watchdog: BUG.*)", re.MULTILINE)
@@ -184,20 +188,36 @@ class Machine:
         self._ids = 0
         self._begin = 0.0
         self._sockets: list[socket.socket] = []
-        self._negotiated = False
+        self._crashing = False
         self._qemu: subprocess.Popen[bytes] | None = None
 
     # Start and end
 
     def __enter__(self) -> "Machine":
         self.boot = qemu.prepare(self.boot, self.console.with_suffix(".dtb"))
-        port, port_theirs = socket.socketpair()
-        qmp, qmp_theirs = socket.socketpair()
-        self._sockets = [port, qmp]
-        self._port = _Port(port)
-        self._qmp = qmp.makefile("rw")
         self.console.write_bytes(b"")
-        channels = qemu.channels(self.console, port_theirs.fileno(), qmp_theirs.fileno())
+        self._start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._stop()
+
+    def _start(self, resuming: Path | None = None) -> None:
+        """Start QEMU. `resuming` is a name for the socket that the port gets connected to later, see _connect()."""
+        qmp, qmp_theirs = socket.socketpair()
+        self._sockets, theirs = [qmp], [qmp_theirs]
+        self._qmp = qmp.makefile("rw")
+        self._negotiated = False
+        if resuming:
+            channel = f"path={resuming},server=on,wait=off"
+        else:
+            port, port_theirs = socket.socketpair()
+            self._port = _Port(port)
+            self._sockets.append(port)
+            theirs.append(port_theirs)
+            channel = f"fd={port_theirs.fileno()}"
+        channels = qemu.channels(self.console, channel, qmp_theirs.fileno())
         self._errors = self.console.with_suffix(".qemu")
         self._begin = time.monotonic()
         with open(self._errors, "wb") as errors:
@@ -207,17 +227,36 @@ class Machine:
                                               stdin=subprocess.DEVNULL,
                                               stdout=errors, stderr=errors, preexec_fn=proc.die_with_parent,
                                               start_new_session=True,
-                                              pass_fds=(port_theirs.fileno(), qmp_theirs.fileno()))
+                                              pass_fds=[end.fileno() for end in theirs])
             except FileNotFoundError:
                 raise LabError(f"{qemu.QEMU}: no such program", "Debian's package is qemu-system-arm") from None
             finally:
-                port_theirs.close()
-                qmp_theirs.close()
+                for end in theirs:
+                    end.close()
         Machine.starts += 1
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def resumed(self, since: int) -> bool:
+        """Has a kernel resumed, or failed to, in what the console shows behind `since`?"""
+        return RESUMED.search(self.log()[since:]) is not None
+
+    def _connect(self, path: Path, since: int, timeout: float) -> None:
+        """Connect the port once a kernel has resumed, or failed to: what the console shows behind `since`.
+
+        Not earlier: a kernel that resumes asks whether its port is connected
+        before it can hear the answer (v7.3), so it has to be told afterwards.
+        """
+        begin = time.monotonic()
+        while not self.resumed(since):
+            self._check()
+            if time.monotonic() - begin > timeout:
+                raise TimeoutFailure(f"nothing has resumed after {timeout:.0f} s", self)
+            time.sleep(0.1)
+        port = socket.socket(socket.AF_UNIX)
+        port.connect(str(path))
+        self._port = _Port(port)
+        self._sockets.append(port)
+
+    def _stop(self) -> None:
         if self._qemu:
             self._qemu.kill()
             self._qemu.wait()
@@ -245,6 +284,7 @@ class Machine:
     def hello(self) -> Hello:
         """Wait for the kernel that is booting and hear what it is."""
         message = self._wait(f"kernel {self.generation} to come up", self.silence, BOOT)
+        self._crashing = False
         if "hello" not in message:
             raise CommandFailed(f"'{message['out'].strip()}' instead of a new kernel (exit {message['rc']})", self)
         hello = parse_hello(message, time.monotonic() - self._begin)
@@ -257,9 +297,12 @@ class Machine:
     def run(self, script: str, timeout: float = 120.0) -> Result:
         """Run a shell script in the guest, for `timeout` seconds at most."""
         self._send(script)
-        message = self._wait(f"'{script.splitlines()[0]}'", timeout, timeout)
+        return self._result(script.splitlines()[0], timeout)
+
+    def _result(self, what: str, timeout: float) -> Result:
+        message = self._wait(f"'{what}'", timeout, timeout)
         if message.get("id") != self._ids:
-            raise Crashed(f"a kernel started while '{script.splitlines()[0]}' ran: {message}", self)
+            raise Crashed(f"a kernel started while '{what}' ran: {message}", self)
         return Result(message["rc"], message["out"])
 
     def sh(self, script: str, timeout: float = 120.0) -> str:
@@ -290,6 +333,38 @@ class Machine:
         else:
             self._send("kexec -e")
         return self.hello()
+
+    def crash(self, script: str) -> Hello:
+        """Run a script that makes the guest crash, and wait until its crash kernel is up."""
+        self.generation += 1
+        self._begin = time.monotonic()
+        self._crashing = True
+        self._send(script)
+        return self.hello()
+
+    def sleep(self, script: str, timeout: float = 120.0, meanwhile: Callable[[], None] = lambda: None) -> Result:
+        """Run a script that has the guest hibernate, switch it on again, and wait for the end of the script.
+
+        `meanwhile` is called once QEMU was started again.
+        """
+        self._send(script)
+        what = script.splitlines()[0]
+        assert self._qemu
+        try:
+            status = self._qemu.wait(timeout)
+        except subprocess.TimeoutExpired:
+            message = self._port.poll(0) or {"out": ""}
+            raise TimeoutFailure(f"'{what}' has not switched it off after {timeout:.0f} s: {message['out']}",
+                                 self) from None
+        if status or find_panic(self._latest()):
+            self._check()
+        self._stop()
+        since = len(self.log())
+        with tempfile.TemporaryDirectory(prefix="lab.") as folder:
+            self._start(Path(folder) / "port")
+            meanwhile()
+            self._connect(Path(folder) / "port", since, timeout)
+        return self._result(what, timeout)
 
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Have QEMU execute a monitor command and return its answer. Raises LabError if it refuses."""
@@ -341,11 +416,17 @@ class Machine:
             if now - begin > limit:
                 raise TimeoutFailure(f"{now - begin:.0f} s were not enough for {what}", self)
 
+    def _latest(self) -> str:
+        """The console since a kernel booted last."""
+        return self.log().rpartition(BOOTING)[2]
+
     def _check(self) -> None:
         """Raise what happened, if the guest has ended or panicked."""
         assert self._qemu
         ended = self._qemu.poll()
-        panic = find_panic(self.log())
+        panic = find_panic(self._latest())
+        if panic and ended is None and self._crashing:
+            return  # as it should: what comes of it is not over yet
         if panic and ended is None:
             try:
                 self._qemu.wait(5)  # panic=-1: for the rest of its report

@@ -81,10 +81,10 @@ def by_hand(boot: Boot) -> str:
     return shlex.join(on_terminal(boot))
 
 
-def channels(console: Path, port_fd: int, qmp_fd: int) -> list[str]:
-    """Console to a file; verdicts and QEMU's monitor over connected sockets."""
-    return ["-serial", f"file:{console}",
-            "-chardev", f"socket,id=port,fd={port_fd}",
+def channels(console: Path, port: str, qmp_fd: int) -> list[str]:
+    """Console to a file; verdicts over the socket that `port` describes, QEMU's monitor over a connected one."""
+    return ["-chardev", f"file,id=console,path={console},append=on", "-serial", "chardev:console",
+            "-chardev", f"socket,id=port,{port}",
             "-device", "virtio-serial-device", "-device", f"virtserialport,chardev=port,name={PORT}",
             "-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"]
 

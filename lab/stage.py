@@ -338,25 +338,8 @@ class Stage:
         self.gdb.clear_break(address)
 
     def _enter(self) -> None:
-        """From machine_kexec() to the control page: the branch to an address that the kernel does not have."""
-        start = self.symbols["machine_kexec"]
-        words = struct.unpack("<256I", self.gdb.read(start, 1024, virtual=True))
-        branches = {start + 4 * index: word for index, word in enumerate(words) if word & BLR_MASK == BLR}
-        for address in branches:
-            self.gdb.set_break(address)
-        while True:
-            self.gdb.resume()
-            if not self.gdb.wait(20):
-                raise LabError("the guest does not come to the control page", str(self.machine.console))
-            branch = branches[self.gdb.register("pc")]
-            target = self.gdb.register(f"x{branch >> 5 & 31}")
-            if target >> 48 == 0:
-                break
-        for address in branches:
-            self.gdb.clear_break(address)
-        self.gdb.step()
-        if self.gdb.register("pc") != target:
-            raise LabError(f"the PC is {self.gdb.register('pc'):#x} instead of {target:#x}, the control page")
+        """From machine_kexec() to the control page."""
+        enter(self.gdb, self.symbols["machine_kexec"], str(self.machine.console))
 
     def _look(self) -> Scene:
         """The scene at the entry to the control page."""
@@ -440,6 +423,31 @@ class Stage:
         said = self.machine.qmp("human-monitor-command", **{"command-line": command})
         if said.strip():
             raise LabError(f"QEMU says '{said.strip()}' to '{command}'")
+
+
+def enter(gdb: Gdb, start: int, console: str) -> int:
+    """From the start of a kernel's function to where it branches to an address that the kernel does not have.
+
+    Returns that (physical) address, which is the PC now.
+    """
+    words = struct.unpack("<512I", gdb.read(start, 2048, virtual=True))
+    branches = {start + 4 * index: word for index, word in enumerate(words) if word & BLR_MASK == BLR}
+    for address in branches:
+        gdb.set_break(address)
+    while True:
+        gdb.resume()
+        if not gdb.wait(20):
+            raise LabError("the guest does not come to the page that it is to leave by", console)
+        branch = branches[gdb.register("pc")]
+        target = gdb.register(f"x{branch >> 5 & 31}")
+        if target >> 48 == 0:
+            break
+    for address in branches:
+        gdb.clear_break(address)
+    gdb.step()
+    if gdb.register("pc") != target:
+        raise LabError(f"the PC is {gdb.register('pc'):#x} instead of {target:#x}", console)
+    return target
 
 
 def read_symbols(vmlinux: Path) -> dict[str, int]:

@@ -1,24 +1,31 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * kload - call kexec_load() with any list of segments
+ * kload - call kexec_load() with any list of segments, or kexec_file_load()
  *
  * Reads a description from stdin, one statement per line, numbers as C has
  * them:
  *
  *   entry ADDRESS
- *   flags FLAGS                      default: KEXEC_ARCH_AARCH64
+ *   flags FLAGS                      default: KEXEC_ARCH_AARCH64, or 0
  *   segment MEM MEMSZ zero           nothing to copy, MEMSZ bytes of zero
  *   segment MEM MEMSZ fill BYTE BUFSZ
  *   segment MEM MEMSZ file PATH      the whole file
  *   segment MEM MEMSZ bad BUFSZ      a buffer that is not mapped
+ *   kernel PATH                      kexec_file_load() instead
+ *   initrd PATH
+ *   cmdline LENGTH                   that many bytes, the NUL included
+ *   fail N                           make the Nth allocation of the call fail
+ *   announce                         say "calling" on stderr before the call
  *
  * Prints the name of the error ("0" if there was none) and exits with 0 if the
- * call succeeded, 1 if it failed, 2 if the description can't be followed.
+ * call succeeded, 1 if it failed, 2 if the description can't be followed. With
+ * "fail", " spared" follows if the call did not come to its Nth allocation.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kexec.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -65,15 +72,24 @@ static void *anonymous(size_t size)
 	return p;
 }
 
-static void map_file(struct segment *s, const char *path)
+static int open_file(const char *path, int flags)
 {
-	struct stat st;
 	int fd;
 
 	if (!path)
 		fail("path missing", "end of line");
-	fd = open(path, O_RDONLY);
-	if (fd < 0 || fstat(fd, &st))
+	fd = open(path, flags);
+	if (fd < 0)
+		fail(path, strerror(errno));
+	return fd;
+}
+
+static void map_file(struct segment *s, const char *path)
+{
+	int fd = open_file(path, O_RDONLY);
+	struct stat st;
+
+	if (fstat(fd, &st))
 		fail(path, strerror(errno));
 	s->bufsz = st.st_size;
 	s->buf = mmap(NULL, s->bufsz, PROT_READ, MAP_PRIVATE, fd, 0);
@@ -113,11 +129,44 @@ static void parse_segment(struct segment *s)
 	}
 }
 
+struct request {
+	struct segment segments[MAX_SEGMENTS];
+	unsigned long entry, flags, segment_count, cmdline_size;
+	int kernel, initrd;
+	char *cmdline;
+};
+
+static void parse_cmdline(struct request *r)
+{
+	r->cmdline_size = number(strtok(NULL, " "));
+	r->cmdline = anonymous(r->cmdline_size + 1);
+	if (r->cmdline_size) {
+		memset(r->cmdline, 'x', r->cmdline_size);
+		r->cmdline[r->cmdline_size - 1] = 0;
+	}
+}
+
+static long call(const struct request *r)
+{
+	unsigned long flags = r->flags;
+
+	if (r->kernel < 0)
+		return syscall(SYS_kexec_load, r->entry, r->segment_count,
+			       r->segments, flags ? flags : KEXEC_ARCH_AARCH64);
+
+	if (r->initrd < 0)
+		flags |= KEXEC_FILE_NO_INITRAMFS;
+	return syscall(SYS_kexec_file_load, r->kernel, r->initrd,
+		       r->cmdline_size, r->cmdline, flags);
+}
+
 int main(void)
 {
-	static struct segment segments[MAX_SEGMENTS];
-	unsigned long entry = 0, flags = KEXEC_ARCH_AARCH64, n = 0;
-	char line[512];
+	static struct request r = { .kernel = -1, .initrd = -1 };
+	char line[512], left[16] = "0";
+	const char *fail_nth = NULL;
+	bool announce = false;
+	int fd = -1, error;
 
 	while (fgets(line, sizeof(line), stdin)) {
 		const char *word;
@@ -127,21 +176,40 @@ int main(void)
 		if (!word)
 			continue;
 		if (!strcmp(word, "entry"))
-			entry = number(strtok(NULL, " "));
+			r.entry = number(strtok(NULL, " "));
 		else if (!strcmp(word, "flags"))
-			flags = number(strtok(NULL, " "));
+			r.flags = number(strtok(NULL, " "));
+		else if (!strcmp(word, "kernel"))
+			r.kernel = open_file(strtok(NULL, " "), O_RDONLY);
+		else if (!strcmp(word, "initrd"))
+			r.initrd = open_file(strtok(NULL, " "), O_RDONLY);
+		else if (!strcmp(word, "cmdline"))
+			parse_cmdline(&r);
+		else if (!strcmp(word, "announce"))
+			announce = true;
+		else if (!strcmp(word, "fail"))
+			fail_nth = strdup(strtok(NULL, " "));
 		else if (strcmp(word, "segment"))
 			fail("unknown statement", word);
-		else if (n == MAX_SEGMENTS)
+		else if (r.segment_count == MAX_SEGMENTS)
 			fail("too many segments", "for kload itself");
 		else
-			parse_segment(&segments[n++]);
+			parse_segment(&r.segments[r.segment_count++]);
 	}
 
-	if (syscall(SYS_kexec_load, entry, n, segments, flags)) {
-		puts(strerrorname_np(errno));
-		return 1;
+	if (announce)
+		fputs("calling\n", stderr);
+	if (fail_nth) {
+		fd = open_file("/proc/thread-self/fail-nth", O_RDWR);
+		if (write(fd, fail_nth, strlen(fail_nth)) < 0)
+			fail("fail-nth", strerror(errno));
 	}
-	puts("0");
-	return 0;
+	error = call(&r) ? errno : 0;
+	if (fail_nth && (pread(fd, left, sizeof(left) - 1, 0) < 0 ||
+			 pwrite(fd, "0", 1, 0) < 0))
+		fail("fail-nth", strerror(errno));
+
+	printf("%s%s\n", error ? strerrorname_np(error) : "0",
+	       atoi(left) ? " spared" : "");
+	return !!error;
 }

@@ -1,0 +1,104 @@
+"""`./kexec-lab hibernate`: a guest hibernates, is switched off and on, and resumes with its memory as it was."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Callable, Iterator, Sequence
+
+from lab import base, build, cells, guest, host, lock, say
+from lab.build import Built
+from lab.cells import Cell
+from lab.guest import Guest
+from lab.handover import BadHandover, verify_first
+from lab.machine import OUT_LOCK, Machine, find_complaints
+
+MIB = 1 << 20
+MEMORY = 768  # MiB
+DISK = "for disk in /sys/block/vd*; do [ $(cat $disk/serial) = swap ] && swap=/dev/${disk##*/}; done\n"
+
+
+class BadResume(BadHandover):
+    """A kernel resumed, and something is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """Hibernated and resumed. `seconds` for both together."""
+
+    number: int
+    seconds: float
+
+
+def machine_for(cell: Cell, **fields: object) -> Cell:
+    """`cell` with as little memory as fits."""
+    fields = {"memory": MEMORY} | fields
+    return replace(cell, name=f"{cell.name}-hibernate", **fields)  # type: ignore[arg-type]
+
+
+def disk(path: Path, memory: int) -> list[str]:
+    """QEMU's options for a disk to hibernate on, made at `path`."""
+    with open(path, "wb") as file:
+        file.truncate((memory + 64) * MIB)
+    return ["-drive", f"if=none,id=swap,file={path},format=raw,cache=unsafe",
+            "-device", "virtio-blk-device,drive=swap,serial=swap"]
+
+
+@contextmanager
+def machine(cell: Cell, built: Built, archives: Guest, *, accel: str = "tcg", name: str = "",
+            report: Callable[[str], None] = say.info, extra: Sequence[str] = ()) -> Iterator[Machine]:
+    """A guest that can hibernate, with its first kernel up and swap on."""
+    with tempfile.TemporaryDirectory(prefix="lab.") as folder:
+        with Machine(cell, built, archives, accel=accel, name=name, report=report,
+                     extra=[*disk(Path(folder) / "swap", cell.memory), *extra]) as m:
+            verify_first(m, m.hello())
+            m.sh(DISK + "mkswap $swap && swapon $swap && echo shutdown >/sys/power/disk")
+            yield m
+
+
+def fill(m: Machine, seed: int) -> None:
+    """Fill half of the memory with a pattern."""
+    m.sh(f"mount -o remount,size=75% /tmp && pattern fill /tmp/pattern {m.boot.cell.memory // 2} {seed}", timeout=300)
+
+
+def cycle(m: Machine, number: int, seed: int, meanwhile: Callable[[], None] = lambda: None) -> Cycle:
+    """Hibernate and resume, and check the pattern. Raises BadResume, or whatever else goes wrong.
+
+    `meanwhile` is called when the machine was switched on again.
+    """
+    begin = time.monotonic()
+    since = len(m.log())
+    before = m.sh("cat /proc/sys/kernel/random/boot_id")
+    result = m.sleep("echo disk >/sys/power/state", meanwhile=meanwhile)
+    if result.rc:
+        raise BadResume(f"hibernation failed: {result.out}", m)
+    seconds = time.monotonic() - begin
+    wrong = find_complaints(m.log()[since:])
+    if m.sh("cat /proc/sys/kernel/random/boot_id") != before:
+        wrong.append("this is not the kernel that hibernated")
+    check = m.run(f"pattern check /tmp/pattern {m.boot.cell.memory // 2} {seed}", timeout=300)
+    if check.rc:
+        wrong.append(f"the pattern is spoilt: {check.out}")
+    if wrong:
+        raise BadResume("; ".join(wrong), m)
+    return Cycle(number, seconds)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Hibernate and resume a guest some times; returns 0 if its memory was whole each time."""
+    cell = machine_for(cells.cell(args.cell))
+    host.require("base", "build", "boot")
+    built = build.build(cell.kernel, base.source(args.kernel_src))
+    archives = guest.build()
+    with lock.held(OUT_LOCK, "this checkout's out/"), \
+            machine(cell, built, archives, accel=args.accel, name=f"hibernate.{cell.name}") as m:
+        fill(m, 1)
+        for number in range(1, args.cycles + 1):
+            done = cycle(m, number, 1)
+            say.info(f"   cycle {done.number}: hibernated and resumed in {done.seconds:.1f} s, "
+                     f"{cell.memory // 2} MiB of memory are what they were")
+    return 0

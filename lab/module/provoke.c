@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * provoke - do to a kernel what it should survive, or crash from
+ *
+ *   how=null cpu=N       dereference NULL in process context on CPU N
+ *   how=interrupt cpu=N  the same in an interrupt
+ *   how=spin cpu=N       panic while CPU N spins with its interrupts masked
+ *   how=warn             a warning
+ *   how=write ranges=START,SIZE,...
+ *                        write to each page of these physical ranges through the
+ *                        linear map, and tell how many writes landed
+ *   how=read ranges=...  the same, reading
+ *   how=store ranges=START,1
+ *                        a plain store to the first of them
+ *
+ * Never stays loaded.
+ */
+#include <linux/delay.h>
+#include <linux/irq_work.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/smp.h>
+#include <linux/uaccess.h>
+#include <linux/workqueue.h>
+
+#define MAX_RANGES 32
+
+static char *how = "";
+module_param(how, charp, 0);
+static int cpu;
+module_param(cpu, int, 0);
+static unsigned long ranges[2 * MAX_RANGES];
+static unsigned int range_words;
+module_param_array(ranges, ulong, &range_words, 0);
+
+static volatile int *nowhere;
+
+static noinline long dereference(void *unused)
+{
+	return *nowhere = 1;
+}
+
+static void in_interrupt_do(struct irq_work *unused)
+{
+	dereference(NULL);
+}
+
+static DEFINE_IRQ_WORK(work, in_interrupt_do);
+
+static long interrupt(void *unused)
+{
+	irq_work_queue(&work);
+	mdelay(1000);
+	return 0;
+}
+
+static void spin(void *unused)
+{
+	local_irq_disable();
+	for (;;)
+		cpu_relax();
+}
+
+/* Not on the CPU that is to spin */
+static long panic_beside(void *unused)
+{
+	smp_call_function_single(cpu, spin, NULL, 0);
+	mdelay(100);
+	panic("provoked");
+}
+
+static bool touch(unsigned long address, bool write)
+{
+	u8 *byte = phys_to_virt(address), old;
+
+	__get_kernel_nofault(&old, byte, u8, unreadable);
+	if (!write)
+		return true;
+	old ^= 0xff;
+	__put_kernel_nofault(byte, &old, u8, unwritable);
+	return true;
+
+unreadable:
+	/* What can't be read may still take a write */
+	old = 0xff;
+	if (write)
+		__put_kernel_nofault(byte, &old, u8, unwritable);
+	return write;
+unwritable:
+	return false;
+}
+
+static void touch_ranges(bool write)
+{
+	unsigned long i, at, done = 0, faults = 0;
+
+	for (i = 0; i + 1 < range_words; i += 2) {
+		for (at = ranges[i]; at < ranges[i] + ranges[i + 1]; at += PAGE_SIZE) {
+			if (touch(at, write))
+				done++;
+			else
+				faults++;
+		}
+	}
+
+	pr_info("provoke: %lu pages, %lu faults\n", done + faults, faults);
+}
+
+static int __init provoke(void)
+{
+	if (!strcmp(how, "null")) {
+		work_on_cpu(cpu, dereference, NULL);
+	} else if (!strcmp(how, "interrupt")) {
+		work_on_cpu(cpu, interrupt, NULL);
+	} else if (!strcmp(how, "spin")) {
+		work_on_cpu(cpumask_any_but(cpu_online_mask, cpu), panic_beside, NULL);
+	} else if (!strcmp(how, "warn")) {
+		WARN(1, "provoked\n");
+	} else if (!strcmp(how, "write") || !strcmp(how, "read")) {
+		touch_ranges(how[0] == 'w');
+	} else if (!strcmp(how, "store") && range_words) {
+		WRITE_ONCE(*(u8 *)phys_to_virt(ranges[0]), 0);
+	} else {
+		return -EINVAL;
+	}
+
+	/* Everything is done: there is no need to stay */
+	return -ECANCELED;
+}
+module_init(provoke);
+
+MODULE_DESCRIPTION("The laboratory's ways to crash a kernel");
+MODULE_LICENSE("GPL");
