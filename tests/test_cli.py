@@ -35,7 +35,7 @@ def lab(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str
     (["build", "4k-va48", "--cell", "4k-va48-el1"], "a kernel and a cell are named", "one of them"),
     (["run", "--loader", "nope"], "invalid choice: 'nope'", "'load', 'file', 'both'"),
     (["run", "--accel", "nope"], "invalid choice: 'nope'", "'tcg', 'kvm'"),
-    (["nope"], "invalid choice: 'nope'", "'run', 'check', 'shell'"),
+    (["nope"], "invalid choice: 'nope'", "'run', 'check', 'kdump'"),
     (["run", "--nope"], "unknown: --nope", "run --help"),
     (["--nope", "run"], "unknown: --nope", "--help"),
     (["build", "--kernel-src", "/nowhere"], "/nowhere is no kernel tree", "KERNEL_SRC"),

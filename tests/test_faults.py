@@ -11,11 +11,11 @@ from conftest import LAB, Lab
 from lab import qemu
 from lab.cells import CELLS, Cell
 from lab.crc import crc32c
-from lab.faults import (BEYOND, CALL, IN_PLACE, LIMIT, MACHINES, REFUSAL, SLOTS, Fault, at_slot, copy_loops,
-                        differences, differences_corrupt)
+from lab.faults import (BEYOND, CALL, CALL_LIST, IN_PLACE, LIMIT, MACHINES, REFUSAL, SLOTS, Fault, at_slot,
+                        copy_loops, differences, differences_corrupt)
 from lab.handover import handover
 from lab.kload import Segment, kload
-from lab.stage import PAGE, Stage
+from lab.stage import PAGE, Scene, Stage
 
 pytestmark = pytest.mark.faults
 
@@ -47,15 +47,17 @@ def new_stage(lab: Lab, cell: Cell, **options: str) -> Stage:
 
 # Before the point of no return
 
-def refused(stage: Stage, fault: Fault) -> None:
+def refused(stage: Stage, fault: Fault) -> Scene:
     """A fault before the reboot call makes it fail with EIO, and the log names the segment."""
-    expected = fault.inject(stage.at_call())
+    scene = stage.at_call()
+    expected = fault.inject(scene)
     answer = stage.answer()
     assert answer is not None, "kexec -e does not return"
     rc, said = answer
     assert rc != 0 and "Input/output error" in said
     *_, match = REFUSAL.finditer(stage.machine.sh("dmesg"))
     assert not differences_corrupt(expected, match)
+    return scene
 
 
 @on_every_machine
@@ -64,6 +66,20 @@ def test_refused(cell: Cell, lab: Lab) -> None:
     with new_stage(lab, cell, name=f"faults.refused.{cell.name}") as stage:
         for fault in CALL:
             refused(stage, fault)
+            stage.reload()
+        handover(stage.machine, "load-nocheck")
+
+
+@on_every_machine
+def test_refused_list(cell: Cell, lab: Lab) -> None:
+    """The same for the list. It is mended before it is used to free the pages it names."""
+    with new_stage(lab, cell, name=f"faults.refused-list.{cell.name}") as stage:
+        for fault in CALL_LIST:
+            scene = refused(stage, fault)
+            stage.gdb.interrupt()
+            for entry in (scene.middle, scene.destination(1), scene.destination(2)):
+                scene.put(entry.at, entry.value)
+            stage.gdb.resume()
             stage.reload()
         handover(stage.machine, "load-nocheck")
 

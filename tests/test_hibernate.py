@@ -1,0 +1,200 @@
+"""A machine that is switched off and on again has its memory as it was."""
+
+from __future__ import annotations
+
+import re
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Callable, Iterator
+
+import pytest
+
+from conftest import Lab
+from lab import hibernate, kdump, module
+from lab.cells import CELLS, KERNELS, Cell
+from lab.faults import SLOTS
+from lab.gdb import Gdb, options
+from lab.handover import handover, verify
+from lab.kdump import ranges_of
+from lab.machine import BOOTING, Machine
+from lab.stage import PARK, enter, read_symbols
+
+pytestmark = pytest.mark.hibernate
+
+PLAIN = [f"{kernel}-{el}" for kernel in ("4k-va48", "64k-va52", "16k-va47") for el in ("vhe", "nvhe", "el1")]
+LONG = [hibernate.machine_for(CELLS[name], append=(*CELLS[name].append, "crashkernel=288M"), memory=1024,
+                              kaslr=True, rodata="on", cpus=2) for name in PLAIN]
+HOLES = [hibernate.machine_for(CELLS[name], memory=1024) for name in
+         ("4k-va48-vhe-holes", "64k-va52-el1-holes", "16k-va47-nvhe-holes")]
+CYCLES = {False: 2, True: 10}  # in a plain check, and with --all
+
+
+@pytest.fixture
+def cycles(request: pytest.FixtureRequest) -> int:
+    return CYCLES[request.config.getoption("--all")]
+
+
+@pytest.fixture
+def start(request: pytest.FixtureRequest, lab: Lab) -> Iterator[Callable[[Cell], Machine]]:
+    """Start a machine that can hibernate."""
+    with ExitStack() as stack:
+        def one(cell: Cell) -> Machine:
+            assert lab.guest
+            return stack.enter_context(hibernate.machine(
+                cell, lab.kernels[cell.kernel], lab.guest, accel=lab.accel,
+                name=f"{request.node.originalname}.{cell.name}", report=lab.report))
+
+        yield one
+
+
+def several(m: Machine, cycles: int) -> None:
+    """Hibernate and resume some times in a row, half of memory filled with something new each time."""
+    seconds = []
+    for number in range(1, cycles + 1):
+        hibernate.fill(m, number)
+        seconds.append(hibernate.cycle(m, number, number).seconds)
+    m.report(f"   {m.boot.cell.name}: {cycles} cycles of {', '.join(f'{one:.1f}' for one in seconds)} s")
+
+
+@pytest.mark.cells(*LONG)
+def test_again_and_again(cell: Cell, cycles: int, start: Callable[[Cell], Machine]) -> None:
+    """Some cycles in a row; then a handover, and after another cycle a crash, still work."""
+    m = start(cell)
+    several(m, cycles)
+    m.sh("rm /tmp/pattern")
+    handover(m, "file")
+    m.sh(hibernate.DISK + "mkswap $swap && swapon $swap && echo shutdown >/sys/power/disk")
+    hibernate.fill(m, 99)
+    hibernate.cycle(m, 99, 99)
+    m.sh("rm /tmp/pattern")
+    kdump.load_crash_kernel(m, "file")
+    hello = m.crash("echo c >/proc/sysrq-trigger")
+    verify(m, hello, m.log().rfind(BOOTING))
+
+
+@pytest.mark.cells(*HOLES)
+def test_with_holes_in_memory(cell: Cell, cycles: int, start: Callable[[Cell], Machine]) -> None:
+    several(start(cell), cycles)
+
+
+@pytest.mark.cells(*(replace(cell, core=cell.core and cell.kernel.pages == 4) for cell in LONG))
+def test_with_a_crash_kernel_loaded(cell: Cell, start: Callable[[Cell], Machine]) -> None:
+    """It is saved and restored with the rest, protected before and after, and comes up when it is needed."""
+    m = start(cell)
+    module.put(m)
+    loaded = kdump.load_crash_kernel(m, "load")
+    segments = [(mem, size) for mem, size in loaded.segments]
+    hibernate.fill(m, 5)
+    hibernate.cycle(m, 1, 5)
+    pages, faults = module.touch(m, "write", segments)
+    assert faults == pages > 0
+    (begin, end), = ranges_of(m.sh("cat /proc/iomem"), "Crash kernel")
+    _, faults = module.touch(m, "read", [(begin, end - begin)])
+    assert faults in (pages, pages + 1)  # and the page for VMCOREINFO
+    hello = m.crash("echo c >/proc/sysrq-trigger")
+    verify(m, hello, m.log().rfind(BOOTING))
+
+
+@pytest.mark.cells(LONG[0])
+def test_given_up(cell: Cell, start: Callable[[Cell], Machine]) -> None:
+    """Hibernation that fails for want of swap leaves the crash kernel protected."""
+    m = start(cell)
+    module.put(m)
+    loaded = kdump.load_crash_kernel(m, "file")
+    m.sh(hibernate.DISK + "swapoff $swap && mkswap $swap 4096 && swapon $swap")
+    words = ",".join(f"{word:#x}" for segment in loaded.segments for word in segment)
+    # Once devices were suspended a kernel that was not switched off does not hear the host (see Machine._connect).
+    since = len(m.log())
+    hello = m.crash("echo disk >/sys/power/state && exit\n"
+                    f"{module.insert(f'how=write ranges={words}')}; echo c >/proc/sysrq-trigger")
+    log = m.log()
+    assert "PM: Image saving failed: -28" in log[since:]
+    pages, faults = map(int, re.findall(r"provoke: (\d+) pages, (\d+) faults", log[since:])[0])
+    assert faults == pages > 0
+    verify(m, hello, log.rfind(BOOTING))
+
+
+# What goes wrong
+
+class Parked(Exception):
+    """The machine is where it was to end."""
+
+
+FAULTY = [replace(hibernate.machine_for(CELLS[name], kaslr=False), name=f"{name}-hibernate-fault")
+          for name in ("4k-va48-vhe", "4k-va48-nvhe-a57", "4k-va48-el1", "64k-va52-el1")]
+
+
+@pytest.mark.cells(*FAULTY)
+def test_fault_while_resuming(cell: Cell, lab: Lab, tmp_path: Path) -> None:
+    """An exception on the way into the kernel that hibernated parks in its vector, beside the code that runs there."""
+    built = lab.kernels[cell.kernel]
+    resume = read_symbols(built.vmlinux)["swsusp_arch_resume"]
+
+    def provoke() -> None:
+        with Gdb(tmp_path / "gdb") as gdb:
+            gdb.set_break(resume)
+            gdb.resume()
+            assert gdb.wait(60), "nothing resumes"
+            gdb.clear_break(resume)
+            page = enter(gdb, resume, str(m.console))
+            gdb.write(page, bytes(4))  # an undefined instruction
+            gdb.resume()
+            time.sleep(1)
+            gdb.interrupt()
+            assert gdb.register("pc") == page + 0x800 + SLOTS.index("spx sync") * 0x80 + 0x70
+            assert int.from_bytes(gdb.read(page + 0xA70, 4), "little") == PARK
+            raise Parked
+
+    assert lab.guest
+    with hibernate.machine(cell, built, lab.guest, name=f"fault.{cell.name}", report=lab.report,
+                           extra=options(tmp_path / "gdb")) as m:
+        with pytest.raises(Parked):
+            m.sleep("echo disk >/sys/power/state", meanwhile=provoke)
+
+
+# What it takes
+
+SIZES = {hibernate.machine_for(CELLS["4k-va48-vhe"], memory=memory, kaslr=False): 16 for memory in (2048, 16384)}
+SIZES = {replace(cell, name=f"4k-va48-vhe-resume-{cell.memory}", core=cell.memory == 2048): most
+         for cell, most in SIZES.items()}
+PEERS = {replace(cell, name=f"{cell.name}-base", kernel=KERNELS["4k-va48-base"], core=False): None for cell in SIZES}
+
+
+@pytest.mark.cells(*SIZES, *PEERS)
+def test_pages_that_resuming_takes(cell: Cell, lab: Lab, tmp_path: Path) -> None:
+    """A few for page tables, whatever the memory; mainline takes one per 2 MiB."""
+    built = lab.kernels[cell.kernel]
+    allocator = read_symbols(built.vmlinux)["hibernate_page_alloc"]
+    counted = 0
+
+    def count() -> None:
+        nonlocal counted
+        since = len(m.log())
+        with Gdb(tmp_path / "gdb") as gdb:
+            gdb.set_break(allocator)
+            end = time.monotonic() + 120
+            gdb.resume()
+            while not m.resumed(since) and time.monotonic() < end:
+                if gdb.wait(0.2):
+                    counted += 1
+                    gdb.clear_break(allocator)
+                    gdb.step()
+                    gdb.set_break(allocator)
+                    gdb.resume()
+            gdb.interrupt()
+            gdb.clear_break(allocator)
+            gdb.resume()
+
+    assert lab.guest
+    with hibernate.machine(cell, built, lab.guest, name=f"resume.{cell.name}", report=lab.report,
+                           extra=options(tmp_path / "gdb")) as m:
+        m.sh("pattern fill /tmp/pattern 64 1")
+        m.sleep("echo disk >/sys/power/state", meanwhile=count)
+        m.sh("pattern check /tmp/pattern 64 1")
+    lab.report(f"   {cell.name}: {counted} pages of tables to resume")
+    if cell.kernel.patched:
+        assert 0 < counted <= SIZES[cell]
+    else:
+        assert counted >= cell.memory // 2
