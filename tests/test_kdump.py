@@ -96,8 +96,8 @@ def test_a_stray_store_is_an_oops(machine: Machine) -> None:
 
 @pytest.mark.cells(BASE)
 def test_stray_writes_land_on_mainline(machine: Machine) -> None:
-    """The peer, under the same conditions: every write lands, and the crash kernel does not come up well."""
-    pages, faults = stray_writes(machine, "file")
+    """The peer, under the same conditions: every write lands."""
+    pages, faults = stray_writes(machine, "load")  # kexec-tools tells where
     machine.report(f"   {machine.boot.cell.name}: {faults} of {pages} stray writes fault")
     assert pages > 0 and faults == 0
 
