@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
-from lab import base, build, cells, guest, host, lock, module, paths, say
+from lab import base, build, cells, guest, host, lock, module, say
 from lab.build import Built
 from lab.cells import Cell
 from lab.guest import Guest
@@ -177,5 +177,4 @@ def main(args: argparse.Namespace) -> int:
             say.info(f"   '{done.headline}'; crash kernel up after {done.up:.1f} s, {done.mib} MiB saved after "
                      f"{done.seconds:.1f} s")
             say.info("   all memory but the reservation is in the dump, the pattern is whole, the registers are right")
-    paths.OUT.mkdir(exist_ok=True)
     return 0

@@ -20,7 +20,6 @@ from lab.machine import BOOTING, Machine
 pytestmark = pytest.mark.kdump
 
 PLAIN = [f"{kernel}-{el}" for kernel in ("4k-va48", "64k-va52", "16k-va47") for el in ("vhe", "nvhe", "el1")]
-CORE = 6  # of them have a kernel that a plain check builds
 
 
 def cases() -> dict[Cell, tuple[str, str]]:
@@ -49,10 +48,6 @@ def test_dump(cell: Cell, lab: Lab, tmp_path: Path) -> None:
     assert lab.guest
     done = kdump.demonstrate(cell, lab.kernels[cell.kernel], lab.guest, crash, loader, lab.accel, lab.report)
     lab.report(f"   {cell.name}: {done}")
-
-
-def start(lab: Lab, cell: Cell, name: str) -> Machine:
-    return lab.machine(cell, name)
 
 
 # Protection
