@@ -21,7 +21,6 @@ KVM = {"el1": "HYP mode not available", "nvhe": "nVHE mode initialized", "vhe": 
 # CPUs without RNDR take so long to gather entropy that kexec may have no seed to pass on.
 KASLR = {True: r"KASLR (enabled|disabled due to lack of seed)", False: r"KASLR disabled"}
 
-
 # What /proc/meminfo accounts for; the rest is what the kernel took page by page, and firmware.
 ACCOUNTED = "MemFree|Buffers|Cached|AnonPages|SReclaimable|PageTables|VmallocUsed|Percpu"
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
-from lab import base, build, cells, guest, host, lock, say
+from lab import base, build, cells, guest, host, lock, qemu, say
 from lab.build import Built
 from lab.cells import Cell
 from lab.guest import Guest
 from lab.handover import BadHandover, verify_first
 from lab.machine import OUT_LOCK, Machine, find_complaints
 
-MIB = 1 << 20
 MEMORY = 768  # MiB
 DISK = "for disk in /sys/block/vd*; do [ $(cat $disk/serial) = swap ] && swap=/dev/${disk##*/}; done\n"
 
@@ -40,21 +39,13 @@ def machine_for(cell: Cell, **fields: object) -> Cell:
     return replace(cell, name=f"{cell.name}-hibernate", **fields)  # type: ignore[arg-type]
 
 
-def disk(path: Path, memory: int) -> list[str]:
-    """QEMU's options for a disk to hibernate on, made at `path`."""
-    with open(path, "wb") as file:
-        file.truncate((memory + 64) * MIB)
-    return ["-drive", f"if=none,id=swap,file={path},format=raw,cache=unsafe",
-            "-device", "virtio-blk-device,drive=swap,serial=swap"]
-
-
 @contextmanager
 def machine(cell: Cell, built: Built, archives: Guest, *, accel: str = "tcg", name: str = "",
             report: Callable[[str], None] = say.info, extra: Sequence[str] = ()) -> Iterator[Machine]:
     """A guest that can hibernate, with its first kernel up and swap on."""
     with tempfile.TemporaryDirectory(prefix="lab.") as folder:
         with Machine(cell, built, archives, accel=accel, name=name, report=report,
-                     extra=[*disk(Path(folder) / "swap", cell.memory), *extra]) as m:
+                     extra=[*qemu.scratch_disk("swap", Path(folder) / "swap", cell), *extra]) as m:
             verify_first(m, m.hello())
             m.sh(DISK + "mkswap $swap && swapon $swap && echo shutdown >/sys/power/disk")
             yield m

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
-from lab import base, build, cells, guest, host, lock, module, say
+from lab import base, build, cells, guest, host, lock, module, qemu, say
 from lab.build import Built
 from lab.cells import Cell
 from lab.guest import Guest
 from lab.handover import BadHandover, Loaded, log_since, parse_log, verify, verify_first
-from lab.kload import subtract
-from lab.machine import BOOTING, OUT_LOCK, Machine
+from lab.kload import merge, subtract
+from lab.machine import BOOTING, OUT_LOCK, Hello, Machine
 from lab.stage import read_symbols
-from lab.vmcore import Dump, parse_oops, union
+from lab.vmcore import Dump, parse_oops
 
 MIB = 1 << 20
 MEMORY = 768  # MiB, so that a dump is copied in seconds
@@ -62,14 +62,6 @@ def machine_for(cell: Cell, reserve: str = f"crashkernel={RESERVED}M", **fields:
     return replace(cell, name=f"{cell.name}-kdump", append=(*cell.append, reserve), **fields)  # type: ignore[arg-type]
 
 
-def disk(path: Path, memory: int) -> list[str]:
-    """QEMU's options for a disk that a dump of `memory` MiB fits on, made at `path`."""
-    with open(path, "wb") as file:
-        file.truncate((memory + 64) * MIB)
-    return ["-drive", f"if=none,id=dump,file={path},format=raw,cache=unsafe",
-            "-device", "virtio-blk-device,drive=dump,serial=dump"]
-
-
 def load_crash_kernel(m: Machine, loader: str) -> Loaded:
     """Load the crash kernel; returns what it and the running one said meanwhile."""
     m.sh("fetch", timeout=300)
@@ -87,6 +79,13 @@ def ranges_of(iomem: str, name: str) -> list[tuple[int, int]]:
     return [(int(first, 16), int(last, 16) + 1) for first, last in found]
 
 
+def crash_and_verify(m: Machine, script: str = CRASHES["sysrq"][0]) -> Hello:
+    """Have a guest crash by a script; its crash kernel comes up, and nothing is wrong with that one."""
+    hello = m.crash(script)
+    verify(m, hello, m.log().rfind(BOOTING))
+    return hello
+
+
 def crash(m: Machine, how: str, loader: str, dump: Path) -> Saved:
     """Have a guest crash and its dump saved on the disk that is `dump`, and look at it.
 
@@ -99,10 +98,8 @@ def crash(m: Machine, how: str, loader: str, dump: Path) -> Saved:
     iomem = m.sh("cat /proc/iomem")
     m.sh("echo 1 >/proc/sys/kernel/panic_on_oops; echo 1 >/proc/sys/kernel/sysrq")
     begin = time.monotonic()
-    hello = m.crash(command.format(cpu=m.boot.cell.cpus - 1))
-    log = m.log()
-    before, _, after = log.rpartition(BOOTING)
-    verify(m, hello, len(log) - len(after))
+    hello = crash_and_verify(m, command.format(cpu=m.boot.cell.cpus - 1))
+    before = m.log().rpartition(BOOTING)[0]
     if expected not in before:
         raise BadDump(f"the kernel that crashed did not say '{expected}'", m)
     said = save(m)
@@ -129,7 +126,7 @@ def save(m: Machine) -> str:
 def memory_differences(dump: Dump, iomem: str) -> list[str]:
     """A dump has all memory but the reservation."""
     memory = subtract(ranges_of(iomem, "System RAM"), ranges_of(iomem, "Crash kernel"))
-    if dump.ranges() == union(memory):
+    if dump.ranges() == merge(memory, 0):
         return []
     return [f"the dump has {show(dump.ranges())}, memory is {show(memory)}"]
 
@@ -159,7 +156,7 @@ def demonstrate(cell: Cell, built: Built, archives: Guest, how: str, loader: str
     with tempfile.TemporaryDirectory(prefix="lab.") as folder:
         dump = Path(folder) / "dump"
         with Machine(cell, built, archives, accel=accel, name=f"kdump.{cell.name}", report=report,
-                     extra=disk(dump, cell.memory)) as m:
+                     extra=qemu.scratch_disk("dump", dump, cell)) as m:
             verify_first(m, m.hello())
             return crash(m, how, loader, dump)
 

@@ -89,6 +89,14 @@ def channels(console: Path, port: str, qmp_fd: int) -> list[str]:
             "-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"]
 
 
+def scratch_disk(name: str, path: Path, cell: Cell) -> list[str]:
+    """Options for an empty disk with the serial `name`, made at `path`, that the memory of `cell` fits on."""
+    with open(path, "wb") as file:
+        file.truncate((cell.memory + 64) * MIB)
+    return ["-drive", f"if=none,id={name},file={path},format=raw,cache=unsafe",
+            "-device", f"virtio-blk-device,drive={name},serial={name}"]
+
+
 def holes(memory: int) -> list[tuple[int, int]]:
     """Physical address and size of the no-map holes in a machine with `memory` MiB.
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Iterator
 
 from lab.errors import LabError
+from lab.kload import merge
 
 PT_LOAD, PT_NOTE = 1, 4
 NT_PRSTATUS = 1
@@ -79,7 +80,7 @@ class Dump:
 
     def ranges(self) -> list[tuple[int, int]]:
         """Start and end of the memory in it, without overlaps."""
-        return union([(load.physical, load.end) for load in self.loads])
+        return merge([(load.physical, load.end) for load in self.loads], 0)
 
     def pages(self) -> Iterator[tuple[int, memoryview]]:
         """The physical address and contents of each page of 4 KiB."""
@@ -102,17 +103,6 @@ class Dump:
             else:
                 spoilt += 1
         return len(found), spoilt
-
-
-def union(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges in order, with those that meet or overlap made one."""
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
 
 
 def parse_oops(console: str) -> dict[str, int]:

@@ -16,9 +16,9 @@ from lab import hibernate, kdump, module
 from lab.cells import CELLS, KERNELS, Cell
 from lab.faults import SLOTS
 from lab.gdb import Gdb, options
-from lab.handover import handover, verify
-from lab.kdump import ranges_of
-from lab.machine import BOOTING, Machine
+from lab.handover import handover
+from lab.kdump import crash_and_verify, ranges_of
+from lab.machine import Machine
 from lab.stage import PARK, enter, read_symbols
 
 pytestmark = pytest.mark.hibernate
@@ -70,8 +70,7 @@ def test_again_and_again(cell: Cell, cycles: int, start: Callable[[Cell], Machin
     hibernate.cycle(m, 99, 99)
     m.sh("rm /tmp/pattern")
     kdump.load_crash_kernel(m, "file")
-    hello = m.crash("echo c >/proc/sysrq-trigger")
-    verify(m, hello, m.log().rfind(BOOTING))
+    crash_and_verify(m)
 
 
 @pytest.mark.cells(*HOLES)
@@ -85,7 +84,7 @@ def test_with_a_crash_kernel_loaded(cell: Cell, start: Callable[[Cell], Machine]
     m = start(cell)
     module.put(m)
     loaded = kdump.load_crash_kernel(m, "load")
-    segments = [(mem, size) for mem, size in loaded.segments]
+    segments = list(loaded.segments)
     hibernate.fill(m, 5)
     hibernate.cycle(m, 1, 5)
     pages, faults = module.touch(m, "write", segments)
@@ -93,8 +92,7 @@ def test_with_a_crash_kernel_loaded(cell: Cell, start: Callable[[Cell], Machine]
     (begin, end), = ranges_of(m.sh("cat /proc/iomem"), "Crash kernel")
     _, faults = module.touch(m, "read", [(begin, end - begin)])
     assert faults in (pages, pages + 1)  # and the page for VMCOREINFO
-    hello = m.crash("echo c >/proc/sysrq-trigger")
-    verify(m, hello, m.log().rfind(BOOTING))
+    crash_and_verify(m)
 
 
 @pytest.mark.cells(LONG[0])
@@ -107,13 +105,12 @@ def test_given_up(cell: Cell, start: Callable[[Cell], Machine]) -> None:
     words = ",".join(f"{word:#x}" for segment in loaded.segments for word in segment)
     # Once devices were suspended a kernel that was not switched off does not hear the host (see Machine._connect).
     since = len(m.log())
-    hello = m.crash("echo disk >/sys/power/state && exit\n"
-                    f"{module.insert(f'how=write ranges={words}')}; echo c >/proc/sysrq-trigger")
+    crash_and_verify(m, "echo disk >/sys/power/state && exit\n"
+                        f"{module.insert(f'how=write ranges={words}')}; echo c >/proc/sysrq-trigger")
     log = m.log()
     assert "PM: Image saving failed: -28" in log[since:]
     pages, faults = map(int, re.findall(r"provoke: (\d+) pages, (\d+) faults", log[since:])[0])
     assert faults == pages > 0
-    verify(m, hello, log.rfind(BOOTING))
 
 
 # What goes wrong

@@ -13,9 +13,9 @@ from conftest import Lab
 from lab import kdump, module, qemu
 from lab.cells import CELLS, KERNELS, Cell
 from lab.handover import load, log_since, reserved_pages, taken_memory, verify
-from lab.kdump import CRASHES, LOADERS, MIB, ranges_of
+from lab.kdump import CRASHES, LOADERS, MIB, crash_and_verify, ranges_of
 from lab.kload import Segment, kload
-from lab.machine import BOOTING, Machine
+from lab.machine import Machine
 
 pytestmark = pytest.mark.kdump
 
@@ -56,14 +56,7 @@ def stray_writes(m: Machine, loader: str) -> tuple[int, int]:
     """Pages of a loaded crash kernel that something writes to, and how many of these writes fault."""
     module.put(m)
     loaded = kdump.load_crash_kernel(m, loader)
-    return module.touch(m, "write", [(start, size) for start, size in loaded.segments])
-
-
-def crashes_well(m: Machine) -> None:
-    """The crash kernel that is loaded comes up when it is needed."""
-    hello = m.crash("echo c >/proc/sysrq-trigger")
-    log = m.log()
-    verify(m, hello, log.rfind(BOOTING))
+    return module.touch(m, "write", list(loaded.segments))
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -73,7 +66,7 @@ def test_stray_writes_fault(machine: Machine, loader: str) -> None:
     pages, faults = stray_writes(machine, loader)
     machine.report(f"   {machine.boot.cell.name}: {faults} of {pages} stray writes fault")
     assert pages > 0 and faults == pages
-    crashes_well(machine)
+    crash_and_verify(machine)
 
 
 @pytest.mark.cells(ON)
@@ -83,10 +76,8 @@ def test_a_stray_store_is_an_oops(machine: Machine) -> None:
     loaded = kdump.load_crash_kernel(machine, "file")
     machine.sh("echo 1 >/proc/sys/kernel/panic_on_oops")
     start, _ = loaded.segments[0]
-    hello = machine.crash(module.insert(f"how=store ranges={start:#x},1"))
-    log = machine.log()
-    assert "Unable to handle kernel paging request" in log
-    verify(machine, hello, log.rfind(BOOTING))
+    crash_and_verify(machine, module.insert(f"how=store ranges={start:#x},1"))
+    assert "Unable to handle kernel paging request" in machine.log()
 
 
 @pytest.mark.cells(BASE)
@@ -105,7 +96,7 @@ def test_a_map_of_blocks_is_left_alone(machine: Machine) -> None:
         assert pages > 0 and faults == 0
     assert machine.log().count("the loaded crash kernel is not protected") == 1
     kdump.load_crash_kernel(machine, "file")
-    crashes_well(machine)
+    crash_and_verify(machine)
 
 
 @pytest.mark.cells(ON, ON_64K)
@@ -141,7 +132,7 @@ def test_life_of_the_protection(machine: Machine) -> None:
         assert reserved_pages(machine) == held
         machine.sh("kexec -p -u")
     kdump.load_crash_kernel(machine, "file")
-    crashes_well(machine)
+    crash_and_verify(machine)
 
 
 @pytest.mark.cells(ON)
@@ -154,7 +145,7 @@ def test_a_failed_load_leaves_nothing_invalid(machine: Machine) -> None:
         assert kload(machine, segments, flags=0xB70001) == "EADDRNOTAVAIL"
     assert module.touch(machine, "read", [(start, end - start)])[1] == 0
     kdump.load_crash_kernel(machine, "file")
-    crashes_well(machine)
+    crash_and_verify(machine)
 
 
 # The reservation
@@ -193,7 +184,7 @@ def test_reservation(cell: Cell, machine: Machine) -> None:
     left = ranges_of(machine.sh("cat /proc/iomem"), "Crash kernel")
     assert sum(end - start for start, end in left) == total - 32 * MIB
     kdump.load_crash_kernel(machine, "file")
-    crashes_well(machine)
+    crash_and_verify(machine)
 
 
 @pytest.mark.cells(ON)

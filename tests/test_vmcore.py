@@ -9,7 +9,8 @@ import pytest
 
 from lab.errors import LabError
 from lab.kdump import memory_differences, ranges_of
-from lab.vmcore import MAGIC, NT_PRSTATUS, PAGE, PT_LOAD, PT_NOTE, REGISTERS, Dump, Load, parse_oops, union
+from lab.kload import merge
+from lab.vmcore import MAGIC, NT_PRSTATUS, PAGE, PT_LOAD, PT_NOTE, REGISTERS, Dump, Load, parse_oops
 
 SEED = 7
 IOMEM = """\
@@ -93,7 +94,7 @@ def test_what_is_no_dump(tmp_path: Path) -> None:
 
 
 def test_ranges() -> None:
-    assert union([(5, 6), (0, 2), (2, 3), (5, 9)]) == [(0, 3), (5, 9)]
+    assert merge([(5, 6), (0, 2), (2, 3), (5, 9)], 0) == [(0, 3), (5, 9)]
     assert ranges_of(IOMEM, "Crash kernel") == [(0x40002000, 0x40003000)]
     assert ranges_of(IOMEM, "System RAM") == [(0x40000000, 0x40004000)]
 
