@@ -44,6 +44,13 @@ def build(kernel: Kernel, source: base.Source) -> Built:
         with say.phase(f"building kernel {kernel.name}"):
             configure(kernel, srctree, objdir)
             make(srctree, objdir, ["Image"])
+    return find(kernel, source)
+
+
+def find(kernel: Kernel, source: base.Source) -> Built:
+    """The kernel that build() made."""
+    srctree = tree.home(source) / tree.TREE if kernel.patched else source.tree
+    objdir = object_folder(kernel, source)
     return Built(kernel, objdir / "arch/arm64/boot/Image", objdir / "vmlinux", objdir / ".config", objdir, srctree)
 
 

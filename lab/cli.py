@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -75,6 +76,9 @@ def parser() -> argparse.ArgumentParser:
     _base_options(run)
     check = add("check", _check, "run the tests; options it does not know go to pytest", add_help=True)
     check.add_argument("--all", action="store_true", help="every cell instead of two kernels' worth")
+    check.add_argument("--jobs", type=int, metavar="N", default=host.guests_at_once(),
+                       help="tests to run beside each other, each with a guest (default: as this machine can: "
+                            "%(default)s)")
     _accel_option(check)
     _base_options(check)
     kdump = add("kdump", _kdump, "crash a guest, save and check its dump")
@@ -171,6 +175,8 @@ def _validate(args: argparse.Namespace) -> None:
         os.environ["KERNEL_SRC"] = str(args.kernel_src.resolve())
     if getattr(args, "cell", None):
         cells.cell(args.cell)
+    if getattr(args, "jobs", 1) < 1:
+        raise UsageError(f"--jobs {args.jobs} runs nothing", "one or more")
     if args.command == "build":
         if args.kernel and args.cell:
             raise UsageError("a kernel and a cell are named", "name one of them")
@@ -197,17 +203,25 @@ def _shell(args: argparse.Namespace) -> int:
     return shell.main(args)
 
 
-def _pytest_command(args: argparse.Namespace) -> list[str]:
+def _pytest_commands(args: argparse.Namespace) -> list[list[str]]:
+    """What runs the tests: one process, or one that builds and then several that test."""
     selection = [] if any(Path(word.split("::")[0]).exists() for word in args.pytest if word[:1] != "-") \
         else [str(paths.ROOT / "tests")]
-    return ["/usr/bin/python3", "-m", "pytest", *(["--all"] if args.all else []), "--accel", args.accel,
-            *selection, *args.pytest]
+    command = ["/usr/bin/python3", "-m", "pytest", *(["--all"] if args.all else []), "--accel", args.accel,
+               *selection, *args.pytest]
+    if args.jobs == 1:
+        return [command]
+    return [[*command, "--build-only", "-q", "-q"], [*command, "-n", str(args.jobs), "--dist", "loadgroup"]]
 
 
 def _check(args: argparse.Namespace) -> int:
     host.require("base", "build", "boot", "test", "lint")
     os.chdir(paths.ROOT)
-    command = _pytest_command(args)
+    *before, command = _pytest_commands(args)
+    for preparation in before:
+        status = subprocess.run(preparation).returncode
+        if status:
+            return status
     os.execv(command[0], command)
 
 
@@ -249,8 +263,7 @@ def _cells(args: argparse.Namespace) -> int:
 
 def _clean(args: argparse.Namespace) -> int:
     with ExitStack() as locks:
-        if paths.OUT.is_dir():
-            locks.enter_context(lock.held(paths.OUT / "lock", "this checkout's out/"))
+        locks.enter_context(lock.held(paths.OUT_LOCK, "this checkout's out/"))
         locks.enter_context(lock.held(paths.CACHE / "build.lock", "the compiler"))
         locks.enter_context(lock.held(paths.CACHE / "lock", "the cache"))
         for folder in _cleaned(args):
@@ -286,7 +299,8 @@ def _explain(args: argparse.Namespace) -> None:
         print(f"load:    {', '.join(LOADERS[args.loader])}; execute and verify each")
         print(f"write:   {paths.OUT / 'run.json'}")
     elif args.command == "check":
-        print(f"run:     {' '.join(_pytest_command(args))}")
+        for command in _pytest_commands(args):
+            print(f"run:     {' '.join(command)}")
     elif args.command == "build":
         print(f"build:   kernel {args.kernel.name}")
     elif args.command == "tree":

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
-from lab import base, build, cells, guest, host, lock, qemu, say
+from lab import base, build, cells, guest, host, lock, paths, qemu, say
 from lab.build import Built
 from lab.cells import Cell
 from lab.guest import Guest
 from lab.handover import BadHandover, verify_first
-from lab.machine import OUT_LOCK, Machine, find_complaints
+from lab.machine import Machine, find_complaints
 
 MEMORY = 768  # MiB
 DISK = "for disk in /sys/block/vd*; do [ $(cat $disk/serial) = swap ] && swap=/dev/${disk##*/}; done\n"
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     host.require("base", "build", "boot")
     built = build.build(cell.kernel, base.source(args.kernel_src))
     archives = guest.build()
-    with lock.held(OUT_LOCK, "this checkout's out/"), \
+    with lock.held(paths.OUT_LOCK, "this checkout's out/"), \
             machine(cell, built, archives, accel=args.accel, name=f"hibernate.{cell.name}") as m:
         fill(m, 1)
         for number in range(1, args.cycles + 1):

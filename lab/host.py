@@ -16,6 +16,7 @@ GIB = 1 << 30
 DISK_FRESH = 12  # GiB: base unpacked, its packed form, objects of all kernels, compiler cache
 DISK_MORE = 2  # GiB for one more kernel
 MEMORY = 2  # GiB available: two compilers and a link
+MEMORY_GUEST = 3  # GiB that a guest uses, whatever it is told that it has
 
 ARM64 = platform.machine() in ("aarch64", "arm64")
 CROSS_COMPILE = "" if ARM64 else "aarch64-linux-gnu-"
@@ -36,7 +37,7 @@ FEATURES: dict[str, Feature] = {
     "build": Feature(("gcc", "libc6-dev", *_CROSS, "make", "bison", "flex", "bc", "perl", "ccache"),
                      (CROSS_COMPILE + "gcc", "gcc", "make", "bison", "flex", "bc", "perl", "ccache")),
     "boot": Feature(("qemu-system-arm", "qemu-utils"), ("qemu-system-aarch64", "qemu-img")),
-    "test": Feature(("python3-pytest", "python3-pytest-timeout"), ()),
+    "test": Feature(("python3-pytest", "python3-pytest-timeout", "python3-pytest-xdist"), ()),
     "lint": Feature(("sparse", "perl", "patch"), ("sparse", "perl", "patch")),
 }
 
@@ -111,6 +112,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def guests_at_once() -> int:
+    """How many guests can run beside each other without waiting for each other."""
+    return max(1, min(cores(), int(available_memory() / MEMORY_GUEST)))
+
+
 def check_disk(gib: int) -> None:
     """Raises LabError when the cache's file system has less than `gib` GiB free."""
     paths.CACHE.mkdir(parents=True, exist_ok=True)
@@ -120,14 +126,18 @@ def check_disk(gib: int) -> None:
                        "make room, run './kexec-lab clean --all', or set XDG_CACHE_HOME to another disk")
 
 
+def available_memory() -> float:
+    """GiB that can be had without swapping."""
+    words = Path("/proc/meminfo").read_text().split()
+    return int(words[words.index("MemAvailable:") + 1]) * 1024 / GIB
+
+
 def check_memory() -> None:
     """Raises LabError when less than MEMORY GiB are available for compilers."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024 / GIB
-            if available < MEMORY:
-                raise LabError(f"{available:.1f} GiB of memory are available, {MEMORY} are needed for a build",
-                               "end other programs first")
+    available = available_memory()
+    if available < MEMORY:
+        raise LabError(f"{available:.1f} GiB of memory are available, {MEMORY} are needed for a build",
+                       "end other programs first")
 
 
 def has_kvm() -> bool:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
-from lab import base, build, cells, guest, host, lock, module, qemu, say
+from lab import base, build, cells, guest, host, lock, module, paths, qemu, say
 from lab.build import Built
 from lab.cells import Cell
 from lab.guest import Guest
 from lab.handover import BadHandover, Loaded, log_since, parse_log, verify, verify_first
 from lab.kload import merge, subtract
-from lab.machine import BOOTING, OUT_LOCK, Hello, Machine
+from lab.machine import BOOTING, Hello, Machine
 from lab.stage import read_symbols
 from lab.vmcore import Dump, parse_oops
 
@@ -167,7 +167,7 @@ def main(args: argparse.Namespace) -> int:
     host.require("base", "build", "boot")
     built = build.build(cell.kernel, base.source(args.kernel_src))
     archives = guest.build()
-    with lock.held(OUT_LOCK, "this checkout's out/"):
+    with lock.held(paths.OUT_LOCK, "this checkout's out/"):
         for loader in LOADERS if args.loader == "both" else (args.loader,):
             with say.phase(f"{LOADERS[loader]}, then a crash by {args.crash}"):
                 done = demonstrate(cell, built, archives, args.crash, loader, args.accel)

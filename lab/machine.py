@@ -21,8 +21,6 @@ from lab.cells import Cell
 from lab.errors import LabError
 from lab.guest import Guest
 
-OUT_LOCK = paths.CACHE / f"out-{paths.CHECKOUT_ID}.lock"  # held by whoever writes below out/
-
 SILENCE = 60.0  # seconds without a sign of life from a booting kernel, at most
 SILENCE_DEBUG = 240.0  # the same for a kernel that checks everything it does
 BOOT = 600.0  # seconds that a boot takes at most, whatever it says meanwhile

@@ -16,6 +16,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kexe
 # Two checkouts share downloads and compiler results, never a tree or an object folder.
 CHECKOUT_ID = hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
 
+OUT_LOCK = CACHE / f"out-{CHECKOUT_ID}.lock"  # held by whoever writes below out/
+
 
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:

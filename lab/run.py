@@ -12,7 +12,7 @@ from lab import base, build, cells, guest, host, lock, paths, say
 from lab.cli import LOADERS
 from lab.errors import LabError
 from lab.handover import Handover, handover, verify_first
-from lab.machine import OUT_LOCK, Machine
+from lab.machine import Machine
 
 REPORT = paths.OUT / "run.json"
 
@@ -20,7 +20,7 @@ REPORT = paths.OUT / "run.json"
 def main(args: argparse.Namespace) -> int:
     """Run one cell; returns 0 if every handover was verified. Raises LabError for the first that was not."""
     cell = cells.cell(args.cell)
-    with lock.held(OUT_LOCK, "this checkout's out/"):
+    with lock.held(paths.OUT_LOCK, "this checkout's out/"):
         _write(cell, None, [], ok=False)  # what an earlier run found is not true of this one
         host.require("base", "build", "boot")
         source = base.source(args.kernel_src)

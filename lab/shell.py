@@ -6,7 +6,6 @@ import argparse
 import subprocess
 
 from lab import base, build, cells, guest, host, lock, paths, proc, qemu, say
-from lab.machine import OUT_LOCK
 
 
 def main(args: argparse.Namespace) -> int:
@@ -16,7 +15,7 @@ def main(args: argparse.Namespace) -> int:
     built = build.build(cell.kernel, base.source(args.kernel_src))
     space = guest.build()
     boot = qemu.Boot(cell, built.image, space.initrd, built.image, space.next, args.accel)
-    with lock.held(OUT_LOCK, "this checkout's out/"):
+    with lock.held(paths.OUT_LOCK, "this checkout's out/"):
         paths.OUT.mkdir(exist_ok=True)
         boot = qemu.prepare(boot, paths.OUT / "shell.dtb")
         say.info(qemu.by_hand(boot))

@@ -16,6 +16,7 @@ from lab import base, lock, paths, proc, say, series
 from lab.errors import LabError
 from lab.series import File
 
+TREE = "tree"
 STATE = "overlay.json"  # beside the tree: the paths at which it is not the base
 
 
@@ -35,7 +36,7 @@ def patched(source: base.Source, root: Path = paths.ROOT, upto: int | None = Non
     wanted = series.result(the_series, source.tree, upto)
     folder = home(source, variant)
     with lock.held(paths.CACHE / "lock", "the cache"):
-        tree = folder / "tree"
+        tree = folder / TREE
         if not tree.exists():
             with say.phase(f"laying out a tree of {source.version}"):
                 _lay_out(source.tree, tree)

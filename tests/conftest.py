@@ -2,7 +2,8 @@
 
 A test that takes `cell` runs once per cell: those named by its `cells` mark,
 or all; of these the core ones, or with --all every one. Kernels for them are
-built before the first test.
+built before the first test: by the process that runs the tests, or, when
+several do (pytest -n), by a run with --build-only before them.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Callable, ContextManager, Iterator
 
 import pytest
 
-from lab import base, build, cells, guest, host, lock, say
+from lab import base, build, cells, guest, host, lock, paths, say
+from lab.base import Source
 from lab.build import Built
 from lab.cells import Cell, Kernel
 from lab.guest import Guest
 from lab.handover import verify_first
-from lab.machine import OUT_LOCK, Machine
+from lab.machine import Machine
 
 
 @dataclass
@@ -39,17 +41,28 @@ class Lab:
 
 LAB: pytest.StashKey[Lab] = pytest.StashKey()
 HELD: pytest.StashKey[ExitStack] = pytest.StashKey()
+SAID: pytest.StashKey[list[str]] = pytest.StashKey()  # by the test that runs, where nobody sees it being said
+COUNTS = ("boots", "starts")  # of Machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kexec-lab")
     group.addoption("--all", action="store_true", help="every cell instead of two kernels' worth")
     group.addoption("--accel", choices=("tcg", "kvm"), default="tcg", help="how QEMU runs the guests")
+    group.addoption("--build-only", action="store_true", help="build what the tests need, and run none")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cells(*cells): the cells that a test may run on")
     config.stash[HELD] = ExitStack()
+    config.stash[SAID] = []
+    if not _is_worker(config) and not config.option.collectonly:
+        config.stash[HELD].enter_context(lock.held(paths.OUT_LOCK, "this checkout's out/"))
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    """Is this one of several processes that run the tests, which another one starts?"""
+    return hasattr(config, "workerinput")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -70,6 +83,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Without cells in this run pytest leaves a parametrized test behind, to be skipped.
     items[:] = [item for item in items
                 if "cell" not in getattr(item, "fixturenames", ()) or isinstance(_cell(item), Cell)]
+    for item in items:
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+    # The long ones first, so that nobody waits for the last of them.
+    items.sort(key=lambda item: _group(item) == "")
+
+
+def _group(item: pytest.Item) -> str:
+    """What one process has to run because it shares a machine or a tree; '' for any process."""
+    if item.get_closest_marker("series") or item.get_closest_marker("lint"):
+        return "trees"
+    cell = _cell(item)
+    return f"faults.{cell.name}" if item.get_closest_marker("faults") and isinstance(cell, Cell) else ""
 
 
 def _cell(item: pytest.Item) -> object:
@@ -81,15 +107,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     wanted = [cell for cell in map(_cell, session.items) if isinstance(cell, Cell)]
     if config.option.collectonly or not wanted:
         return
+    make = build.find if _is_worker(config) else build.build
     with _uncaptured(config):
         print()
         host.require("boot")
-        config.stash[HELD].enter_context(lock.held(OUT_LOCK, "this checkout's out/"))
         lab = config.stash[LAB] = Lab(config.getoption("--accel"), lambda text: _report(config, text))
         source = base.source()
         for kernel in dict.fromkeys(cell.kernel for cell in wanted):
-            lab.kernels[kernel] = build.build(kernel, source)
+            lab.kernels[kernel] = make(kernel, source)
         lab.guest = guest.build()
+
+
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    return True if session.config.getoption("--build-only") else None
 
 
 def _uncaptured(config: pytest.Config) -> ContextManager[None]:
@@ -97,14 +127,51 @@ def _uncaptured(config: pytest.Config) -> ContextManager[None]:
 
 
 def _report(config: pytest.Config, text: str) -> None:
+    if _is_worker(config):
+        config.stash[SAID].append(text)
+        return
     with _uncaptured(config):
         print()
         say.info(text)
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A worker's words travel with the report of the test that said them."""
+    outcome = yield
+    said = item.config.stash[SAID]
+    outcome.get_result().user_properties.extend(("said", text) for text in said)  # type: ignore[attr-defined]
+    said.clear()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if not hasattr(report, "node"):
+        return  # was said when it happened
+    for text in (value for name, value in report.user_properties if name == "said"):
+        print()
+        say.info(text)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _is_worker(session.config):
+        session.config.workeroutput |= {name: getattr(Machine, name) for name in COUNTS}  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    for name in COUNTS:
+        setattr(Machine, name, getattr(Machine, name) + getattr(node, "workeroutput", {}).get(name, 0))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if Machine.starts:
         terminalreporter.write_line(f"{Machine.boots} kernels came up, in {Machine.starts} starts of QEMU")
+
+
+@pytest.fixture(scope="session")
+def source() -> Source:
+    """The base."""
+    return base.source()
 
 
 @pytest.fixture

@@ -10,11 +10,10 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 
-from lab import base, build, lock, paths, proc, series, tree
+from lab import base, build, paths, proc, series, tree
 from lab.base import Source
 from lab.cells import KERNELS
 
@@ -44,13 +43,6 @@ WAIVERS = (
     Waiver("DEFINE_ARCH_HAS", "'ARCH_HAS_KIMAGE_ARCH'", "the name by which linux/kexec.h asks for it"),
     Waiver("FILE_PATH_CHANGES", "", "MAINTAINERS covers arch/arm64/ and Documentation/arch/arm64/ as folders"),
 )
-
-
-@pytest.fixture(scope="module")
-def source() -> Iterator[Source]:
-    """The base, while no other run of the checks changes this checkout's trees."""
-    with lock.held(paths.OUT / "lock", "this checkout's out/"):
-        yield base.source()
 
 
 @pytest.fixture

@@ -6,11 +6,10 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 
-from lab import base, build, kconfig, lock, paths, proc, series, tree
+from lab import base, build, kconfig, paths, proc, series, tree
 from lab.base import Source
 from lab.cells import KERNELS
 from lab.errors import LabError
@@ -25,13 +24,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "whole" in metafunc.fixturenames:
         every = metafunc.config.getoption("--all", default=False)
         metafunc.parametrize("whole", [False, True] if every else [False], ids=["touched", "whole"][:1 + every])
-
-
-@pytest.fixture(scope="module")
-def source() -> Iterator[Source]:
-    """The base, while no other run of the checks changes this checkout's trees."""
-    with lock.held(paths.OUT / "lock", "this checkout's out/"):
-        yield base.source()
 
 
 def copy_of_the_checkout(target: Path) -> Path:
