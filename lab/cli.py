@@ -12,9 +12,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable, NoReturn
 
-from lab import base, build, cells, host, lock, paths, proc, say, series, tree
+from lab import base, build, cells, host, lock, mutants, paths, proc, say, series, tree
 from lab.errors import LabError, UsageError
 from lab.kdump import CRASHES
+from lab.mutants import MUTANTS
 
 DESCRIPTION = """\
 Boots an arm64 Linux kernel that carries this repository's kexec under QEMU,
@@ -91,6 +92,10 @@ def parser() -> argparse.ArgumentParser:
     _cell_options(hibernate)
     hibernate.add_argument("--cycles", type=int, default=2, metavar="N", help="how many times (default: 2)")
     _base_options(hibernate)
+    mutate = add("mutants", _mutants, "break the kernel code in small ways, and see which test notices")
+    mutate.add_argument("--only", action="append", choices=MUTANTS, metavar="NAME",
+                        help="judge this one (may be repeated): " + " ".join(MUTANTS))
+    _base_options(mutate)
     shell = add("shell", _shell, "open a prompt in a guest")
     _cell_options(shell)
     _base_options(shell)
@@ -198,6 +203,11 @@ def _hibernate(args: argparse.Namespace) -> int:
     return hibernate.main(args)
 
 
+def _mutants(args: argparse.Namespace) -> int:
+    from lab import mutants
+    return mutants.main(args)
+
+
 def _shell(args: argparse.Namespace) -> int:
     from lab import shell
     return shell.main(args)
@@ -282,7 +292,7 @@ def _cleaned(args: argparse.Namespace) -> list[Path]:
 def _explain(args: argparse.Namespace) -> None:
     """What a command would do, in the order in which it would."""
     needs = {**dict.fromkeys(("run", "kdump", "hibernate", "shell"), ("base", "build", "boot")),
-             "check": ("base", "build", "boot", "test", "lint"), "build": ("base", "build"),
+             **dict.fromkeys(("check", "mutants"), ("base", "build", "boot", "test", "lint")), "build": ("base", "build"),
              "tree": ("base",), "series": ("base",)}.get(args.command, ())
     missing = host.missing_packages(*needs) if needs and host.is_debian() else []
     if missing:
@@ -301,6 +311,8 @@ def _explain(args: argparse.Namespace) -> None:
     elif args.command == "check":
         for command in _pytest_commands(args):
             print(f"run:     {' '.join(command)}")
+    elif args.command == "mutants":
+        print(f"judge:   {' '.join(args.only or MUTANTS)}\nwrite:   {mutants.REPORT}")
     elif args.command == "build":
         print(f"build:   kernel {args.kernel.name}")
     elif args.command == "tree":

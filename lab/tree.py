@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lab import base, lock, paths, proc, say, series
+from lab import base, lock, mutants, paths, proc, say, series
 from lab.errors import LabError
 from lab.series import File
 
@@ -33,7 +33,7 @@ def patched(source: base.Source, root: Path = paths.ROOT, upto: int | None = Non
     """
     the_series = series.load(root)
     base.check_originals(source, the_series.owned, root)
-    wanted = series.result(the_series, source.tree, upto)
+    wanted = mutants.mutate(series.result(the_series, source.tree, upto))
     folder = home(source, variant)
     with lock.held(paths.CACHE / "lock", "the cache"):
         tree = folder / TREE

@@ -55,7 +55,7 @@ def test_help_names_the_two_commands(environment: dict[str, str], arguments: lis
     done = lab(environment, *arguments)
     assert done.returncode == 0
     assert "./kexec-lab run  " in done.stdout and "./kexec-lab check  " in done.stdout
-    for command in ("run", "check", "shell", "build", "tree", "series", "cells", "clean"):
+    for command in ("run", "check", "kdump", "hibernate", "mutants", "shell", "build", "tree", "series", "cells", "clean"):
         assert f"    {command} " in done.stdout
         assert lab(environment, command, "--help").returncode == 0
 

@@ -1,0 +1,208 @@
+"""Small breakages of the kernel code, and which test notices each.
+
+A mutant is one edit of an owned file as the whole series leaves it. It is made
+where the patched tree is laid out, so the checkout is never touched; what names
+it is an environment variable that every command of the laboratory obeys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from typing import Mapping
+
+from lab import host, paths, say
+from lab.cells import KERNELS, Kernel
+from lab.errors import LabError, UsageError
+from lab.series import File
+
+VARIABLE = "KEXEC_LAB_MUTANT"
+REPORT = paths.OUT / "mutants.json"
+KERNEL = KERNELS["4k-va48"]
+LIMIT = 1500.0  # seconds that the tests of one mutant may take
+
+ASM = "arch/arm64/kernel/relocate_kernel.S"
+VECTORS = "arch/arm64/mm/trans_pgd-asm.S"
+TABLES = "arch/arm64/mm/trans_pgd.c"
+LOAD = "arch/arm64/kernel/machine_kexec.c"
+VERIFY = "arch/arm64/kernel/kexec_verify.c"
+REPORTING = "arch/arm64/kernel/kexec_report.c"
+CRASH = "arch/arm64/kernel/machine_kexec_crash.c"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One edit: `old`, which stands in `path` once, becomes `new`. The tests of the kinds `marks` go first."""
+
+    name: str
+    path: str
+    old: str
+    new: str
+    marks: str
+
+    def apply(self, content: bytes) -> bytes:
+        """Raises LabError when the file has changed since the mutant was written."""
+        old = self.old.encode()
+        if content.count(old) != 1:
+            raise LabError(f"mutant {self.name}: what it replaces stands {content.count(old)} times in {self.path}",
+                           "bring it up to date in lab/mutants.py")
+        return content.replace(old, self.new.encode())
+
+
+@dataclass(frozen=True)
+class Death:
+    """What became of a mutant: `killer` is the first test that failed, "the build", or '' if it survived."""
+
+    mutant: str
+    killer: str
+    seconds: float
+
+
+_ALL = (
+    # The copy
+    Mutant("page-skipped", ASM, "\tmov\tx20, x0\n", "\tmov\tx20, x0\n\ttst\tx19, #0xf0000\n\tb.eq\t.Lclean\n", "handover"),
+    Mutant("last-page-skipped", ASM, "\tmov\tx20, x0\n",
+           "\tmov\tx20, x0\n\tldr\tx8, [x21]\n\ttbz\tx8, #IND_SOURCE_BIT, .Lclean\n", "handover"),
+    Mutant("wrong-stride", ASM, "\tadd\tx9, x9, #64\n\tcmp\tx8, x10\n\tb.ne\t.Lcopy_crc\n",
+           "\tadd\tx9, x9, #32\n\tcmp\tx8, x10\n\tb.ne\t.Lcopy_crc\n", "handover"),
+    Mutant("last-line-of-page-skipped", ASM, "\tadd\tx10, x8, #PAGE_SIZE\n",
+           "\tadd\tx10, x8, #PAGE_SIZE\n\tsub\tx10, x10, #64\n", "handover"),
+    Mutant("plain-copy-stores-a-register-twice", ASM, "\tstp\tx6, x7, [\\dst, #48]\n", "\tstp\tx6, x6, [\\dst, #48]\n",
+           "handover"),
+    Mutant("destination-stays", ASM, "\tadd\tx19, x19, #PAGE_SIZE\n\tmov\tx1, x19\n", "\tadd\tx1, x19, #PAGE_SIZE\n",
+           "handover"),
+    Mutant("next-list-page-ignored", ASM, "\tmov\tx21, x0\n", "\tcbnz\tx21, .Lnext\n\tmov\tx21, x0\n", "handover"),
+    # Verification
+    Mutant("crc-of-seven-words", ASM, ".irp\tn, 0, 1, 2, 3, 4, 5, 6, 7\n", ".irp\tn, 0, 1, 2, 3, 4, 5, 6\n", "handover"),
+    Mutant("crc-never-compared", ASM, "\tcmp\tw8, w16\n\tb.eq\t1f\n\tlsr", "\tcmp\tw8, w8\n\tb.eq\t1f\n\tlsr", "faults"),
+    Mutant("list-never-compared", ASM, "\tb.ne\tkexec_corrupt\n\n.Lentry:", "\n.Lentry:", "faults"),
+    Mutant("crc-seed", VERIFY, "\tbool found = false;\n\tu32 crc = ~0;", "\tbool found = false;\n\tu32 crc = 0;", "handover"),
+    Mutant("overwritten-and-executed", VERIFY, "i, image->arch.crc[i], crc);\n\t\t\treturn -EIO;",
+           "i, image->arch.crc[i], crc);\n\t\t\treturn 0;", "faults"),
+    Mutant("overwritten-list-executed", VERIFY, "image->arch.list_crc, crc);\n\t\treturn -EIO;",
+           "image->arch.list_crc, crc);\n\t\treturn 0;", "faults"),
+    Mutant("last-segment-unchecked", VERIFY, "for (i = 0; i < image->nr_segments; i++) {\n\t\tif (may_change",
+           "for (i = 0; i + 1 < image->nr_segments; i++) {\n\t\tif (may_change", "faults"),
+    # The way out
+    Mutant("wrong-el", ASM, "\tcbz\tx27, .Lenter\n", "\tb\t.Lenter\n", "handover"),
+    Mutant("x0-lost", ASM, ".Lenter:\n\tmov\tx0, x26\n", ".Lenter:\n\tmov\tx0, xzr\n", "handover"),
+    Mutant("x0-lost-by-way-of-el2", ASM, "\tmov\tx2, x26\n", "\tmov\tx2, xzr\n", "handover"),
+    Mutant("x1-not-zero", ASM, ".Lenter:\n\tmov\tx0, x26\n\tmov\tx1, xzr\n", ".Lenter:\n\tmov\tx0, x26\n\tmov\tx1, x25\n",
+           "inspector or handover"),
+    Mutant("mmu-left-on", ASM, "\tmsr\tsctlr_el1, x9\n", "\tnop\n", "inspector or handover"),
+    Mutant("serror-left-unmasked", ASM, "\tmsr\tdaifset, #PSR_A_BIT >> 6\n", "\tnop\n", "inspector or handover"),
+    Mutant("in-place-without-device-tree", LOAD, "image->start, image->arch.dtb_mem, 0, 0);", "image->start, 0, 0, 0);",
+           "handover or kdump"),
+    # Vectors and report
+    Mutant("no-vectors", ASM, "\tmsr\tvbar_el1, x0\n", "\tnop\n", "faults"),
+    Mutant("no-vectors-at-el2", LOAD, "\t\t\t__hyp_set_vectors(control + TRANS_PGD_VECTORS_OFFSET);",
+           "\t\t\tbarrier();", "handover or faults"),
+    Mutant("vectors-misaligned", LOAD, "memcpy(page + TRANS_PGD_VECTORS_OFFSET, trans_pgd_vectors,",
+           "memcpy(page + TRANS_PGD_VECTORS_OFFSET + 64, trans_pgd_vectors,", "faults"),
+    Mutant("a-vector-swapped", VECTORS, "unexpected_vector\ttrans_pgd_spx_irq\n", "hvc_vector\ttrans_pgd_spx_irq\n", "faults"),
+    Mutant("serrors-masked", ASM, "\tmsr\tdaifclr, #PSR_A_BIT >> 6", "\tmsr\tdaifset, #PSR_A_BIT >> 6", "faults"),
+    Mutant("no-handler", LOAD, "\t*handler = virt_to_phys(page) + (kexec_fault - __relocate_new_kernel_start);",
+           "\t*handler = 0;", "faults"),
+    Mutant("reset-by-the-wrong-conduit", REPORTING, "\t\treturn KEXEC_PSCI_HVC;\n\tif", "\t\treturn KEXEC_PSCI_SMC;\n\tif",
+           "faults"),
+    Mutant("uart-busy-when-it-is-not", REPORTING, "\targs->uart_busy = UART_BIT;", "\targs->uart_busy = 0;", "faults"),
+    # Tables
+    Mutant("read-only", TABLES, "\t\t\t     PAGE_KERNEL);", "\t\t\t     PAGE_KERNEL_RO);", "handover"),
+    Mutant("wrong-attribute-index", TABLES, "\tptval_t leaf = pgprot_val(prot) & ~PTE_TYPE_MASK;",
+           "\tptval_t leaf = (pgprot_val(prot) & ~(PTE_TYPE_MASK | PTE_ATTRINDX_MASK)) |\n"
+           "\t\t       PTE_ATTRINDX(MT_NORMAL_NC);", "kunit"),
+    Mutant("block-beyond-the-end", TABLES, "!((va | next | pa) & mask)", "!((va | pa) & mask)", "kunit"),
+    Mutant("block-at-the-wrong-address", TABLES, "!((va | next | pa) & mask)", "!((va | next) & mask)", "kunit"),
+    Mutant("only-pages", TABLES, "\treturn level >= 2 ||", "\treturn level >= 3 ||", "kunit or matrix"),
+    Mutant("entry-replaced", TABLES, "\t\t\tif (!pte_none(*entry))\n\t\t\t\treturn -EEXIST;\n", "", "kunit"),
+    Mutant("writable-and-executable", TABLES, "\tif (writable && executable)\n\t\treturn false;\n", "", "kunit"),
+    Mutant("idmap-of-48-bits", TABLES, ">> 48 ? 52 : 48;", ">> 52 ? 52 : 48;", "kunit"),
+    Mutant("nomap-mapped", TABLES, "\tfor_each_mem_range(i, &s, &e) {",
+           "\t__for_each_mem_range(i, &memblock.memory, NULL, NUMA_NO_NODE,\n"
+           "\t\t\t     MEMBLOCK_HOTPLUG | MEMBLOCK_NOMAP, &s, &e, NULL) {", "badload"),
+    Mutant("tables-from-anywhere", LOAD, "\tstruct page *page = kimage_alloc_control_pages(arg, 0);",
+           "\tstruct page *page = alloc_page(GFP_KERNEL);", "badload or fuzz or handover"),
+    # What is refused
+    Mutant("validation-off-by-a-page", LOAD, "\t\tphys_addr_t end = start + image->segment[i].memsz;\n\t\tbool",
+           "\t\tphys_addr_t end = start + image->segment[i].memsz - PAGE_SIZE;\n\t\tbool", "badload"),
+    Mutant("no-validation", LOAD, "\tret = kexec_check_segments(image);\n", "\tret = 0;\n", "badload"),
+    Mutant("any-command-line", LOAD, "\t\treturn -E2BIG;\n", "\t\treturn 0;\n", "badload"),
+    # The crash kernel
+    Mutant("not-protected", CRASH, "\tret = crash_image_set_valid(false);", "\tret = crash_image_set_valid(true);", "kdump"),
+    Mutant("protected-while-saved", CRASH, "\tif (kexec_crash_image)\n\t\tarch_kexec_unprotect_crashkres();\n", "", "hibernate"),
+    Mutant("crash-kernel-not-saved", CRASH, "\treturn !kexec_crash_image || !crash_image_holds(addr);", "\treturn true;",
+           "hibernate"),
+    Mutant("registers-not-saved", CRASH, "\tcrash_save_cpu(regs, smp_processor_id());\n", "", "kdump"),
+)
+MUTANTS: dict[str, Mutant] = {mutant.name: mutant for mutant in _ALL}
+
+
+def chosen() -> Mutant | None:
+    """The mutant that the environment names. Raises UsageError when there is none of that name."""
+    name = os.environ.get(VARIABLE)
+    return find(name) if name else None
+
+
+def find(name: str) -> Mutant:
+    try:
+        return MUTANTS[name]
+    except KeyError:
+        raise UsageError(f"no mutant is called '{name}'", "mutants: " + " ".join(MUTANTS)) from None
+
+
+def mutate(files: Mapping[str, File | None]) -> dict[str, File | None]:
+    """What the series makes of a tree, with the chosen mutant's edit in it."""
+    mutant, result = chosen(), dict(files)
+    if mutant:
+        file = result[mutant.path]
+        assert file
+        result[mutant.path] = File(mutant.apply(file.content), file.executable)
+    return result
+
+
+def judge(mutant: Mutant, kernel: Kernel = KERNEL) -> Death:
+    """Build a mutant and run the tests on it: those of its own kinds, and if it survives them, all of them."""
+    begin = time.monotonic()
+    env = os.environ | {VARIABLE: mutant.name}
+    built = subprocess.run([paths.ROOT / "kexec-lab", "build", kernel.name], env=env, capture_output=True, text=True)
+    killer = "the build" if built.returncode else ""
+    for marks in (mutant.marks, "not series and not lint"):
+        killer = killer or _first_failure(marks, kernel, env)
+    return Death(mutant.name, killer, time.monotonic() - begin)
+
+
+def _first_failure(marks: str, kernel: Kernel, env: Mapping[str, str]) -> str:
+    command = [paths.ROOT / "kexec-lab", "check", "-m", marks, "-k", f"{kernel.name}-", "-x", "-q",
+               "--durations=0", "--tb=line"]
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        raise LabError(f"the tests have not ended after {LIMIT:.0f} s: {' '.join(map(str, command))}") from None
+    if match := re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE):
+        return match[1]
+    if done.returncode:
+        raise LabError(f"the tests ended with {done.returncode}, and none failed", done.stdout[-2000:] + done.stderr)
+    return ""
+
+
+def main(args: argparse.Namespace) -> int:
+    """Judge the mutants that were asked for, or all; 0 when none survived."""
+    host.require("base", "build", "boot", "test", "lint")
+    wanted = [find(name) for name in args.only] if args.only else list(MUTANTS.values())
+    deaths = []
+    for number, mutant in enumerate(wanted, 1):
+        death = judge(mutant)
+        deaths.append(death)
+        say.info(f"{number:3d}/{len(wanted)} {mutant.name:36} {death.killer or 'SURVIVED'} ({death.seconds:.0f} s)")
+    paths.OUT.mkdir(exist_ok=True)
+    REPORT.write_text(json.dumps([asdict(death) for death in deaths], indent=1) + "\n")
+    survivors = [death.mutant for death in deaths if not death.killer]
+    say.info(f"{len(deaths) - len(survivors)} of {len(deaths)} killed; {REPORT.relative_to(paths.ROOT)} has the table")
+    if survivors:
+        say.info(f"survived, so a test is missing: {' '.join(survivors)}")
+    return 1 if survivors else 0
