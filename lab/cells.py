@@ -51,6 +51,7 @@ class Cell:
     kaslr: bool = True
     append: tuple[str, ...] = ()  # kernel parameters beyond those the fields stand for
     holes: bool = False  # reserved-memory nodes with no-map in odd places
+    uart: tuple[int, int] | None = None  # stdout-path names a 16550, in memory, with this reg-shift and reg-io-width
     core: bool = False  # part of a plain `check`
 
 

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Callable
 
-from lab import base, build, cells, guest, say
+from lab import base, build, cells, guest, qemu, say
 from lab.build import Built
 from lab.cells import Cell
 from lab.crc import change
@@ -28,6 +28,9 @@ LIMIT = 5.0  # seconds after the fault until it is over and done with
 UNKNOWN, HVC64, ABORT, BRK64, SERROR = 0x00, 0x16, 0x25, 0x3C, 0x2F
 TRANSLATION, PERMISSION, EXTERNAL, WRITE = 0x04, 0x0C, 0x10, 1 << 6
 KIND = 0x3C  # mask: all of DFSC but the level
+
+# Of a 16550: number of the line status register, its bit "there is room"
+LSR, THRE = 5, 0x20
 
 # Instructions
 UDF = 0x00000000
@@ -352,6 +355,30 @@ BEYOND = (
     Fault("uart-none", "No UART is known", "entry", uart_none, peer=False),
     Fault("no-psci", "There is no PSCI to reset with", "entry", no_psci, peer=False),
 )
+
+
+def written_to_16550(scene: Scene, ready: bool) -> tuple[str, bytes]:
+    """Let a machine whose report goes to a 16550 in memory run until it has nothing more to write.
+
+    What it wrote, and the first eight bytes of the registers after it wrote the first
+    character, which were 0xaa each. `ready` is what the UART's status says all the time.
+    """
+    cell, gdb = scene.stage.machine.boot.cell, scene.gdb
+    assert cell.uart
+    base, (shift, width) = qemu.uart(cell.memory), cell.uart
+    gdb.write(base, b"\xaa" * 64)
+    scene.put(base + (LSR << shift), THRE if ready else 0, width)
+    status = gdb.read(base, 8)
+    gdb.set_watch(base, 1)
+    text, first = "", b""
+    gdb.resume()
+    while gdb.wait(LIMIT / 2):
+        text += chr(gdb.register("x2") & 0xFF)
+        first = first or gdb.read(base, 8)
+        gdb.resume()
+    gdb.interrupt()
+    gdb.clear_watch(base, 1)
+    return text.replace("\r", ""), bytes(a for a, b in zip(first, status) if a != b)
 
 
 def at_slot(name: str) -> Fault:

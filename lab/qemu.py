@@ -111,9 +111,14 @@ def holes(memory: int) -> list[tuple[int, int]]:
             (end - 0x30000, 0x10000)]  # two pages short of the end
 
 
+def uart(memory: int) -> int:
+    """Physical address of what passes for a 16550 in a machine with `memory` MiB: memory that is left alone."""
+    return RAM_BASE + memory * MIB // 2 + 32 * MIB
+
+
 def prepare(boot: Boot, path: Path) -> Boot:
-    """`boot`, with a device tree at `path` if its cell asks for one: QEMU's own with the holes in it."""
-    if not boot.cell.holes:
+    """`boot`, with a device tree at `path` if its cell asks for one: QEMU's own with what the cell has."""
+    if not boot.cell.holes and not boot.cell.uart:
         return boot
     options = machine(boot.cell, boot.accel)
     options[1] += f",dumpdtb={path}"
@@ -121,7 +126,14 @@ def prepare(boot: Boot, path: Path) -> Boot:
     tree = fdt.parse(path.read_bytes())
     reserved = tree.root.node("reserved-memory")
     reserved.properties |= {"#address-cells": fdt.cell(2), "#size-cells": fdt.cell(2), "ranges": b""}
-    for start, size in holes(boot.cell.memory):
+    for start, size in holes(boot.cell.memory) if boot.cell.holes else ():
         reserved.node(f"hole@{start:x}").properties |= {"reg": fdt.pairs(start, size), "no-map": b""}
+    if boot.cell.uart:
+        start, (shift, width) = uart(boot.cell.memory), boot.cell.uart
+        reserved.node(f"uart@{start:x}").properties |= {"reg": fdt.pairs(start, 0x10000), "no-map": b""}
+        tree.root.node(f"serial@{start:x}").properties |= {
+            "compatible": fdt.string("ns16550a"), "reg": fdt.pairs(start, 0x100),
+            "reg-shift": fdt.cell(shift), "reg-io-width": fdt.cell(width)}
+        tree.root.node("chosen").properties["stdout-path"] = fdt.string(f"/serial@{start:x}")
     path.write_bytes(fdt.flatten(tree))
     return replace(boot, dtb=path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Callable, Iterator
 
 import pytest
@@ -11,11 +12,11 @@ from conftest import LAB, Lab
 from lab import qemu
 from lab.cells import CELLS, Cell
 from lab.crc import crc32c
-from lab.faults import (BEYOND, CALL, CALL_LIST, IN_PLACE, LIMIT, MACHINES, REFUSAL, SLOTS, Fault, at_slot,
-                        copy_loops, differences, differences_corrupt)
+from lab.faults import (BEYOND, CALL, CALL_LIST, IN_PLACE, LIMIT, MACHINES, REFUSAL, REPORT, SLOTS, UDF, Fault,
+                        at_slot, copy_loops, differences, differences_corrupt, written_to_16550)
 from lab.handover import handover
 from lab.kload import Segment, kload
-from lab.stage import PAGE, Scene, Stage
+from lab.stage import PAGE, PARK, Scene, Stage
 
 pytestmark = pytest.mark.faults
 
@@ -143,6 +144,27 @@ def test_every_vector_names_itself(cell: Cell, slot: str, stages: Callable[[Cell
     if slot == "lower sync" and cell.el != "vhe":
         slot = "spx sync"  # at EL1 it must not look at EL2's registers: that is another exception
     check(stages(cell), at_slot(slot), 0)
+
+
+UARTS = [replace(CELLS["4k-va48-vhe"], name=f"4k-va48-vhe-16550-{shift}-{width}", uart=(shift, width))
+         for shift, width in ((0, 1), (1, 2), (2, 4))]
+
+
+@pytest.mark.cells(*UARTS)
+def test_reported_on_a_16550(cell: Cell, stages: Callable[[Cell], Stage]) -> None:
+    """Registers are as far apart and as wide as the device tree says; and it has to have room."""
+    stage = stages(cell)
+    assert cell.uart
+    scene = stage.at_entry(0)
+    scene.patch(scene.next, UDF)
+    text, first = written_to_16550(scene, ready=True)
+    assert REPORT.search(text), text
+    assert first == b"\r".ljust(cell.uart[1], b"\0")
+
+    scene = stage.at_entry(0)
+    scene.patch(scene.next, UDF)
+    assert written_to_16550(scene, ready=False) == ("", b"")
+    assert scene.word(scene.gdb.register("pc"), 4) == PARK
 
 
 @on_every_machine
