@@ -51,6 +51,7 @@ class Cell:
     kaslr: bool = True
     append: tuple[str, ...] = ()  # kernel parameters beyond those the fields stand for
     holes: bool = False  # reserved-memory nodes with no-map in odd places
+    spin_table: bool = False  # the device tree has its CPUs started by spin-table, where QEMU has none to start
     core: bool = False  # part of a plain `check`
 
 

@@ -112,8 +112,8 @@ def holes(memory: int) -> list[tuple[int, int]]:
 
 
 def prepare(boot: Boot, path: Path) -> Boot:
-    """`boot`, with a device tree at `path` if its cell asks for one: QEMU's own with the holes in it."""
-    if not boot.cell.holes:
+    """`boot`, with a device tree at `path` if its cell asks for one: QEMU's own with what the cell has different."""
+    if not boot.cell.holes and not boot.cell.spin_table:
         return boot
     options = machine(boot.cell, boot.accel)
     options[1] += f",dumpdtb={path}"
@@ -121,7 +121,13 @@ def prepare(boot: Boot, path: Path) -> Boot:
     tree = fdt.parse(path.read_bytes())
     reserved = tree.root.node("reserved-memory")
     reserved.properties |= {"#address-cells": fdt.cell(2), "#size-cells": fdt.cell(2), "ranges": b""}
-    for start, size in holes(boot.cell.memory):
+    for start, size in holes(boot.cell.memory) if boot.cell.holes else ():
         reserved.node(f"hole@{start:x}").properties |= {"reg": fdt.pairs(start, size), "no-map": b""}
+    if boot.cell.spin_table:
+        start = RAM_BASE + 0x10000
+        reserved.node(f"spin-table@{start:x}").properties["reg"] = fdt.pairs(start, 0x10000)
+        for name, node in tree.root.node("cpus").nodes.items():
+            if name.startswith("cpu@"):
+                node.properties |= {"enable-method": fdt.string("spin-table"), "cpu-release-addr": fdt.pairs(start)}
     path.write_bytes(fdt.flatten(tree))
     return replace(boot, dtb=path)

@@ -1,0 +1,269 @@
+"""What fails a kexec although it is not kexec's, or not arm64's: contiguous memory, CPUs that do not stop.
+
+With --all each is also shown on the base, which fails.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from conftest import Lab
+from lab.cells import CELLS, DEFAULT, KERNELS, Cell
+from lab.handover import handover, load, verify
+from lab.kload import IMAGE_SIZE, MIB, Segment, call, file_statements, kload
+from lab.machine import CommandFailed, Machine, TimeoutFailure
+from lab.qemu import RAM_BASE
+
+pytestmark = pytest.mark.neighbours
+
+ALIGNMENT = 2 * MIB  # of an Image, whatever the page size (booting.rst)
+TEXT_OFFSET = 0x80000  # of every Image before v5.8
+SEED = 0x5EED
+DEBUG = 0x8  # KEXEC_FILE_DEBUG
+PORTION = 64 * MIB  # of 256 MiB
+COUNT = 256 * MIB // PORTION  # of these fill it
+
+LARGE = CELLS["4k-va48-vhe-cma"]  # room for everything
+SMALL = replace(LARGE, name="4k-va48-vhe-cma-small", append=("cma=16M",))  # ... for a kernel without an initrd
+LOW = replace(LARGE, name="4k-va48-vhe-cma-low", append=("cma=8M@0x41000000",))  # ... for a device tree, below all
+PROTECTED = replace(DEFAULT, name="4k-va48-vhe-protected", append=("kvm-arm.mode=protected",))
+SPIN_TABLE = replace(DEFAULT, name="4k-va48-vhe-spin-table", spin_table=True)
+ONE_CPU = replace(SPIN_TABLE, name="4k-va48-vhe-spin-table-one", append=("nr_cpus=1",))
+
+
+def with_base(*cells: Cell) -> tuple[Cell, ...]:
+    """These, and the same with mainline's own kernel."""
+    return cells + tuple(replace(cell, name=f"{cell.name}-base", kernel=KERNELS["4k-va48-base"], core=False)
+                         for cell in cells if cell.kernel.name == "4k-va48")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where kexec_file_load() put a part of the image. Bytes; `bufsz` of them come from a file."""
+
+    mem: int
+    bufsz: int
+    memsz: int
+
+    @property
+    def end(self) -> int:
+        return self.mem + self.memsz
+
+
+def placed(m: Machine) -> dict[str, Placed]:
+    """The parts of the image that was loaded last with KEXEC_FILE_DEBUG: kernel, initrd and dtb."""
+    found = re.findall(r"Loaded (\w+) at (0x\w+) bufsz=(0x\w+) memsz=(0x\w+)", m.sh("dmesg"))
+    return {name: Placed(int(mem, 16), int(bufsz, 16), int(memsz, 16)) for name, mem, bufsz, memsz in found}
+
+
+def cma(m: Machine) -> tuple[int, int]:
+    """Start and end of the contiguous area."""
+    match = re.search(r"cma: Reserved (\d+) MiB at (0x\w+)", m.sh("dmesg"))
+    assert match
+    start = int(match.group(2), 16)
+    return start, start + int(match.group(1)) * MIB
+
+
+def in_cma(m: Machine, part: Placed) -> bool:
+    start, end = cma(m)
+    return start <= part.mem and part.end <= end
+
+
+def image(m: Machine, image_size: int, text_offset: int = 0) -> bytes:
+    """The head of a real Image, with another size and text_offset: enough to be loaded."""
+    with open(m.built.image, "rb") as file:
+        head = bytearray(file.read(8192))
+    struct.pack_into("<QQ", head, 8, text_offset, image_size)
+    return bytes(head)
+
+
+def load_image(m: Machine, data: bytes) -> str:
+    """kexec_file_load() of an Image without an initrd; returns the name of the error, or "0"."""
+    m.put("/tmp/image", data)
+    return call(m, file_statements("/tmp/image") + f"\nflags {DEBUG:#x}")
+
+
+def has_room(m: Machine, size: int) -> bool:
+    """Does an image of `size` bytes still find room in the contiguous area?"""
+    assert load_image(m, image(m, size)) == "0"
+    where = placed(m)["kernel"]
+    assert kload(m, []) == "0"
+    return in_cma(m, where)
+
+
+# Contiguous memory
+
+@pytest.mark.cells(*with_base(LARGE, CELLS["64k-va52-nvhe-cma"]))
+def test_aligned_in_cma(cell: Cell, machine: Machine) -> None:
+    """All of an image fits, stays in place, and the kernel and the device tree are aligned."""
+    loaded = load(machine, "file")
+    parts = placed(machine)
+    machine.report(f"   {cell.name}: {parts}")
+    since = len(machine.log())
+    verify(machine, machine.exec(), since)
+    complained = "misaligned at boot" in machine.log()[since:]
+    if cell.kernel.patched:
+        assert parts["kernel"].mem % ALIGNMENT == parts["dtb"].mem % ALIGNMENT == 0
+        assert loaded.bytes_to_move == 0
+        assert not complained
+    else:
+        assert parts["kernel"].mem % ALIGNMENT
+        assert complained
+
+
+@pytest.mark.cells(*with_base(LOW))
+def test_limits_in_cma(cell: Cell, machine: Machine) -> None:
+    """Nothing is placed below the kernel, whatever room CMA has there."""
+    load(machine, "file")
+    parts = placed(machine)
+    machine.report(f"   {cell.name}: {parts}")
+    assert cma(machine)[1] <= parts["kernel"].mem
+    assert (parts["dtb"].mem >= parts["kernel"].end) == cell.kernel.patched
+    since = len(machine.log())
+    verify(machine, machine.exec(), since)
+
+
+@pytest.mark.cells(*with_base(SMALL))
+def test_cma_for_the_kernel_only(cell: Cell, machine: Machine) -> None:
+    """A kernel that gets room in CMA, and an initrd that does not: tried again without, and nothing is lost."""
+    size = placed_size(machine)
+    assert has_room(machine, size)
+    if not cell.kernel.patched:
+        with pytest.raises(CommandFailed, match="Cannot assign requested address"):
+            load(machine, "file")
+        assert "Could not find any suitable kernel location!" in machine.log()
+        assert not has_room(machine, size)
+        return
+    for _ in range(3):
+        load(machine, "file")
+        assert not in_cma(machine, placed(machine)["kernel"])
+        assert kload(machine, []) == "0"
+        assert has_room(machine, size)
+    handover(machine, "file")
+
+
+def placed_size(m: Machine) -> int:
+    """Bytes that the Image takes in memory."""
+    with open(m.built.image, "rb") as file:
+        return struct.unpack_from("<Q", file.read(64), IMAGE_SIZE)[0]
+
+
+@pytest.mark.cells(*with_base(LARGE))
+def test_refused_images_leave_cma(cell: Cell, machine: Machine) -> None:
+    """A load that fails once it has memory gives that back."""
+    assert has_room(machine, PORTION)
+    for _ in range(COUNT):
+        answer = load_image(machine, image(machine, PORTION, text_offset=16))  # no multiple of a page
+        assert answer == "EADDRNOTAVAIL"
+    assert has_room(machine, PORTION) == cell.kernel.patched
+
+
+@pytest.mark.cells(*with_base(LARGE))
+def test_text_offset_leaves_cma(cell: Cell, machine: Machine) -> None:
+    """What lies between the boundary and a kernel that has a text_offset is given back, too."""
+    assert has_room(machine, PORTION)
+    for _ in range(COUNT):
+        assert load_image(machine, image(machine, MIB, text_offset=PORTION)) == "0"
+        assert in_cma(machine, placed(machine)["kernel"])
+        assert kload(machine, []) == "0"
+        if not cell.kernel.patched and not has_room(machine, PORTION):
+            return
+    assert cell.kernel.patched
+
+
+@pytest.mark.cells(*with_base(LARGE))
+def test_text_offset_in_cma(cell: Cell, machine: Machine) -> None:
+    """An Image with a text_offset is where its entry is.
+
+    It is the real one behind a branch to it: the sum of text_offset and what
+    the branch skips is a boundary that today's kernels accept.
+    """
+    machine.sh("fetch", timeout=300)
+    skip = ALIGNMENT - TEXT_OFFSET
+    head = bytearray(image(machine, placed_size(machine) + skip, TEXT_OFFSET)[:64])
+    struct.pack_into("<II", head, 0, 0x14000000 | skip // 4, 0)  # b .+skip
+    machine.put("/tmp/head", bytes(head))
+    machine.sh(f"{{ cat /tmp/head; head -c {skip - len(head)} /dev/zero; cat /next/Image; }} >/next/shifted\n"
+               "mv /next/shifted /next/Image")
+    load(machine, "file")
+    kernel = placed(machine)["kernel"]
+    machine.report(f"   {cell.name}: {kernel}")
+    assert in_cma(machine, kernel) and kernel.mem % MIB == TEXT_OFFSET
+    since = len(machine.log())
+    if cell.kernel.patched:
+        verify(machine, machine.exec(), since)
+        return
+    machine.silence = 10
+    with pytest.raises(TimeoutFailure):
+        machine.exec()
+    assert "Booting Linux" not in machine.log()[since:]
+
+
+@pytest.mark.cells(*with_base(LARGE))
+def test_text_offset_that_wraps(cell: Cell, machine: Machine) -> None:
+    """The size and the text_offset are a sum that fits, or an Image that is refused."""
+    answer = load_image(machine, image(machine, 4 * MIB, text_offset=(1 << 64) - MIB))
+    assert answer == ("EINVAL" if cell.kernel.patched else "0")
+
+
+@pytest.mark.cells(*with_base(LARGE))
+def test_end_of_a_segment_in_cma(cell: Cell, machine: Machine, tmp_path: Path) -> None:
+    """What the Image does not fill of the kernel's segment is zero, whatever CMA was used for before."""
+    size = machine.boot.cell.memory * 3 // 4
+    machine.sh(f"mount -o remount,size=80% /tmp && pattern fill /tmp/pattern {size} {SEED} && rm /tmp/pattern",
+               timeout=300)
+    load(machine, "file")
+    kernel = placed(machine)["kernel"]
+    assert in_cma(machine, kernel)
+    dump = tmp_path / "end"
+    start = kernel.mem + kernel.bufsz
+    machine.qmp("pmemsave", val=start, size=kernel.end - start, filename=str(dump))
+    left = len(dump.read_bytes().replace(b"\0", b""))
+    machine.report(f"   {cell.name}: {left} of {kernel.end - start} bytes behind the Image are not zero")
+    assert (left == 0) == cell.kernel.patched
+
+
+# CPUs that do not stop
+
+def refused(m: Machine) -> str:
+    """Both system calls are refused; what the kernel had to say about it."""
+    m.sh("fetch; echo lab: refused >/dev/kmsg", timeout=300)
+    segment = Segment(RAM_BASE + m.boot.cell.memory * MIB // 2, 65536)
+    assert kload(m, [segment]) == "EBUSY"
+    assert load_image(m, image(m, MIB)) == "EBUSY"
+    assert m.sh("cat /sys/kernel/kexec_loaded").strip() == "0"
+    return m.sh("dmesg | sed '1,/lab: refused/d'")
+
+
+@pytest.mark.cells(*with_base(PROTECTED))
+def test_protected_kvm(cell: Cell, lab: Lab) -> None:
+    """kexec and hibernate are refused, and say what to boot without."""
+    with lab.machine(cell, cell.name) as m:
+        hello = m.hello()
+        assert "Protected" in (hello.kvm or "")
+        said = refused(m)
+        assert m.run("echo disk >/sys/power/state").rc
+        hibernated = "\n".join(line for line in m.sh("dmesg").splitlines() if "Can't hibernate" in line)
+        m.report(said + hibernated)
+        for text in (said, hibernated):
+            assert ("boot without kvm-arm.mode=protected" in text) == cell.kernel.patched
+
+
+@pytest.mark.cells(*with_base(SPIN_TABLE))
+def test_spin_table(cell: Cell, machine: Machine) -> None:
+    """Refused, with the way out."""
+    said = refused(machine)
+    machine.report(said)
+    assert ("boot with nr_cpus=1" in said) == cell.kernel.patched
+
+
+@pytest.mark.cells(ONE_CPU)
+def test_spin_table_and_one_cpu(machine: Machine) -> None:
+    """That way out."""
+    handover(machine, "file")
+    handover(machine, "load-nocheck")
