@@ -51,7 +51,7 @@ class Cell:
     kaslr: bool = True
     append: tuple[str, ...] = ()  # kernel parameters beyond those the fields stand for
     holes: bool = False  # reserved-memory nodes with no-map in odd places
-    spin_table: bool = False  # the device tree has its CPUs started by spin-table, where QEMU has none to start
+    spin_table: int = 0  # CPUs, the last ones, that the device tree has started by spin-table: QEMU never does
     core: bool = False  # part of a plain `check`
 
 

@@ -126,8 +126,8 @@ def prepare(boot: Boot, path: Path) -> Boot:
     if boot.cell.spin_table:
         start = RAM_BASE + 0x10000
         reserved.node(f"spin-table@{start:x}").properties["reg"] = fdt.pairs(start, 0x10000)
-        for name, node in tree.root.node("cpus").nodes.items():
-            if name.startswith("cpu@"):
-                node.properties |= {"enable-method": fdt.string("spin-table"), "cpu-release-addr": fdt.pairs(start)}
+        for number in range(boot.cell.cpus - boot.cell.spin_table, boot.cell.cpus):
+            cpu = tree.root.node("cpus").node(f"cpu@{number}")
+            cpu.properties |= {"enable-method": fdt.string("spin-table"), "cpu-release-addr": fdt.pairs(start)}
     path.write_bytes(fdt.flatten(tree))
     return replace(boot, dtb=path)
