@@ -52,6 +52,7 @@ class Cell:
     append: tuple[str, ...] = ()  # kernel parameters beyond those the fields stand for
     holes: bool = False  # reserved-memory nodes with no-map in odd places
     uart: tuple[int, int] | None = None  # stdout-path names a 16550, in memory, with this reg-shift and reg-io-width
+    spin_table: int = 0  # CPUs, the last ones, that the device tree has started by spin-table: QEMU never does
     core: bool = False  # part of a plain `check`
 
 

@@ -51,9 +51,10 @@ def statements(segments: Sequence[Segment], entry: int | None = None, flags: int
     return "\n".join(lines)
 
 
-def file_statements(kernel: str, initrd: str | None = None, cmdline: int = 1) -> str:
-    """The same for a kexec_file_load(): paths in the guest, and bytes of the command line, its end included."""
-    return "\n".join([f"kernel {kernel}", *([f"initrd {initrd}"] if initrd else []), f"cmdline {cmdline}"])
+def file_statements(kernel: str, initrd: str | None = None, cmdline: int | str = 1) -> str:
+    """The same for a kexec_file_load(): paths in the guest, and the command line, or its bytes with its end."""
+    return "\n".join([f"kernel {kernel}", *([f"initrd {initrd}"] if initrd else []),
+                      f"line {cmdline}" if isinstance(cmdline, str) else f"cmdline {cmdline}"])
 
 
 def call(m: Machine, text: str) -> str:
@@ -106,12 +107,16 @@ def subtract(ranges: Sequence[tuple[int, int]], taken: Sequence[tuple[int, int]]
     return left
 
 
+def next_parameters(m: Machine) -> str:
+    """The command line of the next kernel."""
+    return f"{qemu.parameters(m.boot.cell)} lab.gen={m.generation + 1}"
+
+
 def device_tree(m: Machine, initrd_start: int, initrd_end: int) -> bytes:
     """The running kernel's device tree, with the next one's command line and initrd."""
     tree = fdt.parse(m.get("/sys/firmware/fdt"))
-    parameters = f"{qemu.parameters(m.boot.cell)} lab.gen={m.generation + 1}"
     tree.root.node("chosen").properties |= {
-        "bootargs": fdt.string(parameters),
+        "bootargs": fdt.string(next_parameters(m)),
         "linux,initrd-start": fdt.pairs(initrd_start),
         "linux,initrd-end": fdt.pairs(initrd_end),
         "kaslr-seed": fdt.pairs(SEED),  # a kernel wipes the one it was given

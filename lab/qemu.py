@@ -117,8 +117,8 @@ def uart(memory: int) -> int:
 
 
 def prepare(boot: Boot, path: Path) -> Boot:
-    """`boot`, with a device tree at `path` if its cell asks for one: QEMU's own with what the cell has."""
-    if not boot.cell.holes and not boot.cell.uart:
+    """`boot`, with a device tree at `path` if its cell asks for one: QEMU's own with what the cell has different."""
+    if not (boot.cell.holes or boot.cell.uart or boot.cell.spin_table):
         return boot
     options = machine(boot.cell, boot.accel)
     options[1] += f",dumpdtb={path}"
@@ -135,5 +135,11 @@ def prepare(boot: Boot, path: Path) -> Boot:
             "compatible": fdt.string("ns16550a"), "reg": fdt.pairs(start, 0x100),
             "reg-shift": fdt.cell(shift), "reg-io-width": fdt.cell(width)}
         tree.root.node("chosen").properties["stdout-path"] = fdt.string(f"/serial@{start:x}")
+    if boot.cell.spin_table:
+        start = RAM_BASE + 0x10000
+        reserved.node(f"spin-table@{start:x}").properties["reg"] = fdt.pairs(start, 0x10000)
+        for number in range(boot.cell.cpus - boot.cell.spin_table, boot.cell.cpus):
+            cpu = tree.root.node("cpus").node(f"cpu@{number}")
+            cpu.properties |= {"enable-method": fdt.string("spin-table"), "cpu-release-addr": fdt.pairs(start)}
     path.write_bytes(fdt.flatten(tree))
     return replace(boot, dtb=path)

@@ -14,6 +14,7 @@
  *   kernel PATH                      kexec_file_load() instead
  *   initrd PATH
  *   cmdline LENGTH                   that many bytes, the NUL included
+ *   line TEXT                        or this one
  *   fail N                           make the Nth allocation of the call fail
  *   announce                         say "calling" on stderr before the call
  *
@@ -146,6 +147,14 @@ static void parse_cmdline(struct request *r)
 	}
 }
 
+static void parse_line(struct request *r)
+{
+	const char *text = strtok(NULL, "");
+
+	r->cmdline = strdup(text ? text : "");
+	r->cmdline_size = strlen(r->cmdline) + 1;
+}
+
 static long call(const struct request *r)
 {
 	unsigned long flags = r->flags;
@@ -185,6 +194,8 @@ int main(void)
 			r.initrd = open_file(strtok(NULL, " "), O_RDONLY);
 		else if (!strcmp(word, "cmdline"))
 			parse_cmdline(&r);
+		else if (!strcmp(word, "line"))
+			parse_line(&r);
 		else if (!strcmp(word, "announce"))
 			announce = true;
 		else if (!strcmp(word, "fail"))

@@ -160,7 +160,7 @@ int machine_kexec_prepare(struct kimage *image)
 	int ret;
 
 	if (image->type != KEXEC_TYPE_CRASH && cpus_are_stuck_in_kernel()) {
-		pr_err("CPUs are stuck in the kernel, it can't be replaced\n");
+		pr_err("this kernel can't be replaced: %s\n", cpus_stuck_reason());
 		return -EBUSY;
 	}
 
@@ -245,7 +245,8 @@ static unsigned long kexec_image_info(const struct kimage *image)
 /*
  * Segments that were loaded where they will be executed never pass through the
  * control page, which would clean them to the PoC. Nobody writes to them any
- * more, so now is as good a time.
+ * more, so now is as good a time. (IMA still does, to the list that it hands
+ * over, but that is read with the MMU and the caches on.)
  */
 static void kexec_flush_in_place(const struct kimage *image, bool all)
 {
