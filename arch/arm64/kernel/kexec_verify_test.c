@@ -188,7 +188,8 @@ static void expect_right(struct kunit *test)
 	kexec_verify_init(&m->image, &m->args);
 	KUNIT_ASSERT_TRUE(test, arch->verify);
 	for (unsigned long n = 0; n < m->image.nr_segments; n++)
-		KUNIT_EXPECT_EQ_MSG(test, arch->crc[n], reference_of_segment(m, n), "segment %lu", n);
+		KUNIT_EXPECT_EQ_MSG(test, arch->crc[n], reference_of_segment(m, n),
+				    "segment %lu", n);
 	KUNIT_EXPECT_EQ(test, arch->list_entries, m->nr_entries);
 	KUNIT_EXPECT_EQ(test, arch->list_crc, reference_of_list(m));
 
@@ -440,6 +441,3 @@ static struct kunit_suite kexec_verify_test_suite = {
 };
 
 kunit_test_suite(kexec_verify_test_suite);
-
-MODULE_DESCRIPTION("KUnit suite for the verification of images that kexec executes");
-MODULE_LICENSE("GPL");

@@ -239,18 +239,16 @@ VISIBLE_IF_KUNIT struct memblock_type *trans_pgd_memory(void)
 static int walk_memory_runs(int (*fn)(phys_addr_t start, phys_addr_t end,
 				      void *arg), void *arg)
 {
-	struct memblock_type *memory = trans_pgd_memory();
-	phys_addr_t start = 0, end = 0, s, e;
+	const struct memblock_type *memory = trans_pgd_memory();
+	struct memblock_region *region;
+	phys_addr_t start = 0, end = 0;
 	int ret;
-	u64 i;
 
-	/* for_each_mem_range(), but for @memory */
-	__for_each_mem_range(i, memory, NULL, NUMA_NO_NODE,
-			     MEMBLOCK_HOTPLUG | MEMBLOCK_DRIVER_MANAGED,
-			     &s, &e, NULL) {
-		s = ALIGN(s, PAGE_SIZE);
-		e = ALIGN_DOWN(e, PAGE_SIZE);
-		if (s >= e)
+	for (region = memory->regions; region < memory->regions + memory->cnt; region++) {
+		phys_addr_t s = ALIGN(region->base, PAGE_SIZE);
+		phys_addr_t e = ALIGN_DOWN(region->base + region->size, PAGE_SIZE);
+
+		if (memblock_is_nomap(region) || s >= e)
 			continue;
 
 		if (s == end) {

@@ -16,12 +16,12 @@
 #include <linux/gfp.h>
 #include <linux/memblock.h>
 #include <linux/mm.h>
+#include <linux/mmu_context.h>
 #include <linux/pgtable.h>
 #include <linux/sizes.h>
 
 #include <asm/daifflags.h>
 #include <asm/memory.h>
-#include <asm/mmu_context.h>
 #include <asm/sysreg.h>
 #include <asm/trans_pgd.h>
 
@@ -157,7 +157,7 @@ static u64 field(u64 desc, int high, int low)
 /* Are descriptors in the format for addresses of more than 48 bits? */
 static bool wide_format(void)
 {
-	if (PAGE == SZ_64K)
+	if (IS_ENABLED(CONFIG_ARM64_64K_PAGES))
 		return IS_ENABLED(CONFIG_ARM64_PA_BITS_52);
 
 	return field(read_sysreg(tcr_el1), 59, 59); /* DS */
@@ -171,7 +171,7 @@ static u64 output_address(u64 desc)
 	if (!wide_format())
 		return field(desc, 47, 12) << 12;
 
-	if (PAGE == SZ_64K)
+	if (IS_ENABLED(CONFIG_ARM64_64K_PAGES))
 		return field(desc, 47, 16) << 16 | field(desc, 15, 12) << 48;
 
 	pa = field(desc, 49, 12) << 12;
@@ -181,7 +181,7 @@ static u64 output_address(u64 desc)
 static const char *decode_leaf(u64 desc, struct translation *t)
 {
 	bool rdonly = field(desc, 7, 7), dbm = field(desc, 51, 51);
-	bool ds = PAGE != SZ_64K && wide_format();
+	bool ds = !IS_ENABLED(CONFIG_ARM64_64K_PAGES) && wide_format();
 
 	t->valid = true;
 	t->type = read_sysreg(mair_el1) >> (8 * field(desc, 4, 2));
@@ -403,7 +403,7 @@ static const struct shape shapes[] = {
 	{ "a big block on either side", -BIG, BIG },
 	{ "a big block but a page", PAGE, BIG },
 	{ "big blocks, a block, a page", -BIG - SMALL - PAGE, BIG + SMALL + PAGE },
-	{ "big blocks but a block and a page", -BIG + SMALL + PAGE, BIG - SMALL - PAGE },
+	{ "big blocks but a block and a page", -2 * BIG + SMALL + PAGE, 2 * BIG - SMALL - PAGE },
 };
 
 KUNIT_ARRAY_PARAM_DESC(shape, shapes, name);
@@ -466,7 +466,7 @@ static const struct layout layouts[] = {
 		{ BIG, BIG, SMALL / 2 }, { BIG + SMALL / 2, BIG + SMALL / 2, SMALL / 2 } } },
 	{ "adjacent within a big block", {
 		{ BIG, BIG, SMALL + PAGE },
-		{ BIG + SMALL + PAGE, BIG + SMALL + PAGE, BIG - SMALL - PAGE } } },
+		{ BIG + SMALL + PAGE, BIG + SMALL + PAGE, 2 * BIG - SMALL - PAGE } } },
 	{ "one page between them", {
 		{ BIG, BIG, SMALL - PAGE }, { BIG + SMALL, BIG + SMALL, SMALL } } },
 	{ "one page between them within a block", {
@@ -520,56 +520,58 @@ static void upper_bits_are_not_looked_at(struct kunit *test)
  * Memory as memblock has it
  */
 
+struct piece {
+	u64 start;
+	u64 end;
+	enum memblock_flags flags;
+};
+
 struct memory {
 	const char *name;
 	/* From some place on that the linear map reaches */
-	struct memblock_region regions[4];
-	struct span runs[4];
+	struct piece regions[4];
+	struct piece runs[4];
 };
-
-#define REGION(_start, _end, _flags) \
-	{ .base = (_start), .size = (_end) - (_start), .flags = (_flags) }
-#define RUN(_start, _end) { .pa = (_start), .size = (_end) - (_start) }
 
 static const struct memory memories[] = {
 	{ "one page",
-	  { REGION(PAGE, 2 * PAGE, 0) },
-	  { RUN(PAGE, 2 * PAGE) } },
+	  { { PAGE, 2 * PAGE, 0 } },
+	  { { PAGE, 2 * PAGE } } },
 	{ "a block, ragged at both ends",
-	  { REGION(SMALL - PAGE, 2 * SMALL + PAGE, 0) },
-	  { RUN(SMALL - PAGE, 2 * SMALL + PAGE) } },
+	  { { SMALL - PAGE, 2 * SMALL + PAGE, 0 } },
+	  { { SMALL - PAGE, 2 * SMALL + PAGE } } },
 	{ "two nodes that meet within a block",
-	  { REGION(0, SMALL + PAGE, 0), REGION(SMALL + PAGE, 3 * SMALL, 0) },
-	  { RUN(0, 3 * SMALL) } },
+	  { { 0, SMALL + PAGE, 0 }, { SMALL + PAGE, 3 * SMALL, 0 } },
+	  { { 0, 3 * SMALL } } },
 	{ "neighbours of several kinds",
-	  { REGION(0, PAGE, 0), REGION(PAGE, SMALL, MEMBLOCK_HOTPLUG),
-	    REGION(SMALL, 2 * SMALL, MEMBLOCK_MIRROR),
-	    REGION(2 * SMALL, BIG, MEMBLOCK_DRIVER_MANAGED) },
-	  { RUN(0, BIG) } },
+	  { { 0, PAGE, 0 }, { PAGE, SMALL, MEMBLOCK_HOTPLUG },
+	    { SMALL, 2 * SMALL, MEMBLOCK_MIRROR },
+	    { 2 * SMALL, 4 * BIG, MEMBLOCK_DRIVER_MANAGED } },
+	  { { 0, 4 * BIG } } },
 	{ "a hole of one page",
-	  { REGION(0, SMALL - PAGE, 0), REGION(SMALL, 3 * SMALL, 0) },
-	  { RUN(0, SMALL - PAGE), RUN(SMALL, 3 * SMALL) } },
+	  { { 0, SMALL - PAGE, 0 }, { SMALL, 3 * SMALL, 0 } },
+	  { { 0, SMALL - PAGE }, { SMALL, 3 * SMALL } } },
 	{ "a page that is marked nomap",
-	  { REGION(0, BIG - PAGE, 0), REGION(BIG - PAGE, BIG, MEMBLOCK_NOMAP),
-	    REGION(BIG, 2 * BIG, 0) },
-	  { RUN(0, BIG - PAGE), RUN(BIG, 2 * BIG) } },
+	  { { 0, BIG - PAGE, 0 }, { BIG - PAGE, BIG, MEMBLOCK_NOMAP },
+	    { BIG, 2 * BIG, 0 } },
+	  { { 0, BIG - PAGE }, { BIG, 2 * BIG } } },
 	{ "a block that is marked nomap",
-	  { REGION(0, SMALL, 0), REGION(SMALL, 2 * SMALL, MEMBLOCK_NOMAP),
-	    REGION(2 * SMALL, 3 * SMALL, 0) },
-	  { RUN(0, SMALL), RUN(2 * SMALL, 3 * SMALL) } },
+	  { { 0, SMALL, 0 }, { SMALL, 2 * SMALL, MEMBLOCK_NOMAP },
+	    { 2 * SMALL, 3 * SMALL, 0 } },
+	  { { 0, SMALL }, { 2 * SMALL, 3 * SMALL } } },
 	{ "nomap at both ends",
-	  { REGION(0, PAGE, MEMBLOCK_NOMAP), REGION(PAGE, SMALL, 0),
-	    REGION(SMALL, BIG, MEMBLOCK_NOMAP) },
-	  { RUN(PAGE, SMALL) } },
+	  { { 0, PAGE, MEMBLOCK_NOMAP }, { PAGE, SMALL, 0 },
+	    { SMALL, SMALL + BIG, MEMBLOCK_NOMAP } },
+	  { { PAGE, SMALL } } },
 	{ "parts of pages",
-	  { REGION(1, SMALL - 1, 0), REGION(SMALL + 1, SMALL + PAGE - 1, 0),
-	    REGION(2 * SMALL - 1, 2 * SMALL + PAGE + 1, 0) },
-	  { RUN(PAGE, SMALL - PAGE), RUN(2 * SMALL, 2 * SMALL + PAGE) } },
+	  { { 1, SMALL - 1, 0 }, { SMALL + 1, SMALL + PAGE - 1, 0 },
+	    { 2 * SMALL - 1, 2 * SMALL + PAGE + 1, 0 } },
+	  { { PAGE, SMALL - PAGE }, { 2 * SMALL, 2 * SMALL + PAGE } } },
 	{ "small, large, far",
-	  { REGION(0, PAGE, 0), REGION(BIG - PAGE, 3 * BIG + SMALL + PAGE, 0),
-	    REGION(7 * BIG, 7 * BIG + PAGE, 0), REGION(8 * BIG - PAGE, 8 * BIG, 0) },
-	  { RUN(0, PAGE), RUN(BIG - PAGE, 3 * BIG + SMALL + PAGE),
-	    RUN(7 * BIG, 7 * BIG + PAGE), RUN(8 * BIG - PAGE, 8 * BIG) } },
+	  { { 0, PAGE, 0 }, { BIG - PAGE, 3 * BIG + SMALL + PAGE, 0 },
+	    { 7 * BIG, 7 * BIG + PAGE, 0 }, { 8 * BIG - PAGE, 8 * BIG, 0 } },
+	  { { 0, PAGE }, { BIG - PAGE, 3 * BIG + SMALL + PAGE },
+	    { 7 * BIG, 7 * BIG + PAGE }, { 8 * BIG - PAGE, 8 * BIG } } },
 };
 
 KUNIT_ARRAY_PARAM_DESC(memory, memories, name);
@@ -594,16 +596,21 @@ static unsigned int make_up_memory(struct kunit *test, const struct memory *memo
 
 	made_up_memory.cnt = 0;
 	for (unsigned int i = 0; i < ARRAY_SIZE(memory->regions); i++) {
-		if (!memory->regions[i].size)
+		const struct piece *piece = &memory->regions[i];
+
+		if (!piece->end)
 			break;
-		made_up_regions[i] = memory->regions[i];
-		made_up_regions[i].base += base;
+		made_up_regions[i] = (struct memblock_region) {
+			.base = base + piece->start,
+			.size = piece->end - piece->start,
+			.flags = piece->flags,
+		};
 		made_up_memory.cnt++;
 	}
 
-	for (; nr < ARRAY_SIZE(memory->runs) && memory->runs[nr].size; nr++) {
-		runs[nr] = memory->runs[nr];
-		runs[nr].pa += base;
+	for (; nr < ARRAY_SIZE(memory->runs) && memory->runs[nr].end; nr++) {
+		runs[nr].pa = base + memory->runs[nr].start;
+		runs[nr].size = memory->runs[nr].end - memory->runs[nr].start;
 	}
 
 	kunit_activate_static_stub(test, trans_pgd_memory, get_made_up_memory);
@@ -698,8 +705,10 @@ static void code_in_the_identity_map(struct kunit *test)
 	u64 last = code->pa + (code->size - 1);
 
 	if (last >> pa_limit()) {
-		KUNIT_EXPECT_EQ(test, trans_pgd_create_idmap(&count, code->pa, code->size), -EINVAL);
-		KUNIT_EXPECT_EQ(test, trans_pgd_create_idmap(&trans, code->pa, code->size), -EINVAL);
+		KUNIT_EXPECT_EQ(test, -EINVAL,
+				trans_pgd_create_idmap(&count, code->pa, code->size));
+		KUNIT_EXPECT_EQ(test, -EINVAL,
+				trans_pgd_create_idmap(&trans, code->pa, code->size));
 		KUNIT_EXPECT_EQ(test, count.nr_pages, 0);
 		KUNIT_EXPECT_EQ(test, trans.nr_pages, 0);
 		KUNIT_EXPECT_PTR_EQ(test, trans.root, NULL);
@@ -712,10 +721,15 @@ static void code_in_the_identity_map(struct kunit *test)
 	KUNIT_ASSERT_EQ(test, trans.va_bits, last >> 48 ? 52 : 48);
 	expect_tables(test, &trans, &range, 1, true, false);
 
-	/* One table per level: 4K has one level more for 52 bits */
-	if (code->size == PAGE)
-		KUNIT_EXPECT_EQ(test, trans.nr_pages, PAGE == SZ_64K ? 3 :
-				PAGE == SZ_4K && last >> 48 ? 5 : 4);
+	/* One table per level */
+	if (code->size != PAGE)
+		return;
+	if (IS_ENABLED(CONFIG_ARM64_64K_PAGES))
+		KUNIT_EXPECT_EQ(test, trans.nr_pages, 3);
+	else if (IS_ENABLED(CONFIG_ARM64_4K_PAGES) && last >> 48)
+		KUNIT_EXPECT_EQ(test, trans.nr_pages, 5);
+	else
+		KUNIT_EXPECT_EQ(test, trans.nr_pages, 4);
 }
 
 /*
@@ -794,7 +808,8 @@ static void allocator_fails_for_code(struct kunit *test)
 
 		trans = new_tables(test);
 		pool->fail_at = n;
-		KUNIT_ASSERT_EQ(test, trans_pgd_create_idmap(&trans, range.pa, range.size), -ENOMEM);
+		KUNIT_ASSERT_EQ(test, -ENOMEM,
+				trans_pgd_create_idmap(&trans, range.pa, range.size));
 		KUNIT_ASSERT_EQ(test, pool->calls, n);
 		KUNIT_ASSERT_EQ(test, trans.nr_pages, n - 1);
 		KUNIT_ASSERT_EQ(test, pool->nr, n - 1);
@@ -848,10 +863,10 @@ static void writable_and_executable_is_refused(struct kunit *test)
 
 static void other_than_normal_memory_is_refused(struct kunit *test)
 {
-	expect_refused(test, 48, BIG, BIG, PAGE, __pgprot(PROT_DEVICE_nGnRnE), "nGnRnE");
-	expect_refused(test, 48, BIG, BIG, PAGE, __pgprot(PROT_DEVICE_nGnRE), "nGnRE");
-	expect_refused(test, 48, BIG, BIG, PAGE, __pgprot(PROT_NORMAL_NC), "not cacheable");
-	expect_refused(test, 48, BIG, BIG, PAGE, __pgprot(PROT_NORMAL_TAGGED), "tagged");
+	expect_refused(test, 48, BIG, BIG, PAGE, pgprot_noncached(PAGE_KERNEL), "nGnRnE");
+	expect_refused(test, 48, BIG, BIG, PAGE, pgprot_device(PAGE_KERNEL), "nGnRE");
+	expect_refused(test, 48, BIG, BIG, PAGE, pgprot_writecombine(PAGE_KERNEL), "not cacheable");
+	expect_refused(test, 48, BIG, BIG, PAGE, pgprot_tagged(PAGE_KERNEL), "tagged");
 }
 
 static void impossible_ranges_are_refused(struct kunit *test)
@@ -871,7 +886,8 @@ static void impossible_ranges_are_refused(struct kunit *test)
 		expect_refused(test, bits, PAGE, 0, -PAGE, PAGE_KERNEL, "nearly 64 bits");
 		expect_refused(test, bits, 0, -PAGE, 2 * PAGE, PAGE_KERNEL, "PA wraps");
 		expect_refused(test, bits, 0, pa_end, PAGE, PAGE_KERNEL, "no such PA");
-		expect_refused(test, bits, 0, pa_end - PAGE, 2 * PAGE, PAGE_KERNEL, "across the last PA");
+		expect_refused(test, bits, 0, pa_end - PAGE, 2 * PAGE, PAGE_KERNEL,
+			       "across the last PA");
 		expect_refused(test, bits, 0, BIT_ULL(53), PAGE, PAGE_KERNEL, "PA in the PXN bit");
 	}
 }
@@ -993,7 +1009,7 @@ static u64 ask_cpu(const struct trans_pgd *trans, u64 va, bool write)
 	u64 par;
 
 	/* With 64K pages, a CPU with fewer bits enters a 52-bit root further up */
-	if (PAGE == SZ_64K && bits == 52 && vabits_actual == 48) {
+	if (IS_ENABLED(CONFIG_ARM64_64K_PAGES) && bits == 52 && vabits_actual == 48) {
 		ttbr += 8 * (BIT_ULL(52 - 42) - BIT_ULL(48 - 42));
 		bits = 48;
 	}
@@ -1022,7 +1038,7 @@ static void expect_cpu_agrees(struct kunit *test, const struct trans_pgd *trans,
 	KUNIT_ASSERT_EQ_MSG(test, field(read, 0, 0), !t.valid, "PAR %#llx at %#llx", read, va);
 	if (!t.valid) {
 		/* Translation fault, level 0 to 3 or -1 */
-		KUNIT_EXPECT_TRUE_MSG(test, field(read, 6, 3) == 0 || field(read, 6, 1) == 0x2b,
+		KUNIT_EXPECT_TRUE_MSG(test, field(read, 6, 3) == 1 || field(read, 6, 1) == 0x2b,
 				      "PAR %#llx at %#llx", read, va);
 		return;
 	}
@@ -1104,6 +1120,3 @@ static struct kunit_suite trans_pgd_test_suite = {
 };
 
 kunit_test_suite(trans_pgd_test_suite);
-
-MODULE_DESCRIPTION("KUnit suite for arm64's transitional page tables");
-MODULE_LICENSE("GPL");
