@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
 
 from conftest import Lab
-from lab import kunit
-from lab.cells import CELLS, Cell
+from lab import base, build, host, kunit, lock, paths, proc, tree
+from lab.cells import CELLS, VA_BITS, Cell
 from lab.handover import verify_first
 from lab.kunit import Case
 
@@ -50,6 +51,27 @@ def test_nothing_runs_unless_asked_for(cell: Cell, lab: Lab) -> None:
         verify_first(m, m.hello())
         assert "TAP version" not in m.log()
         assert int(m.sh("cat /proc/sys/kernel/tainted")) == 0
+
+
+@pytest.mark.kunit
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("pages", VA_BITS)
+def test_upstreams_own_runner(pages: int) -> None:
+    """kunit.py, with a kernel of the options that it chooses."""
+    host.require("build", "boot")
+    source = base.source()
+    objdir = tree.home(source) / "build" / f"kunit-{pages}k"
+    command = [sys.executable, "-B", "tools/testing/kunit/kunit.py", "run", "--arch=arm64",
+               f"--cross_compile={host.CROSS_COMPILE}", "--kunitconfig=arch/arm64", f"--build_dir={objdir}",
+               f"--kconfig_add=CONFIG_ARM64_{pages}K_PAGES=y", f"--make_options=CC=ccache {host.CROSS_COMPILE}gcc"]
+    lines: list[str] = []
+    with lock.held(paths.CACHE / "build.lock", "the compiler"):
+        status = proc.stream(command, lines.append, cwd=tree.patched(source), env=build.environment())
+    runs = sum(runs for _, runs in SUITES.values())
+    assert status == 0, "\n".join(lines[-40:])
+    assert any(line.endswith(f"Testing complete. Ran {runs} tests: passed: {runs}") for line in lines), \
+        "\n".join(lines[-10:])
 
 
 # The parser
