@@ -54,6 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cells(*cells): the cells that a test may run on")
+    config.addinivalue_line("markers", "long: too long for a plain check, runs with --all")
     config.stash[HELD] = ExitStack()
     config.stash[SAID] = []
     if not _is_worker(config) and not config.option.collectonly:
@@ -79,7 +80,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("cell", [pytest.param(cell, id=cell.name) for cell in chosen])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all"):
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
     # Without cells in this run pytest leaves a parametrized test behind, to be skipped.
     items[:] = [item for item in items
                 if "cell" not in getattr(item, "fixturenames", ()) or isinstance(_cell(item), Cell)]

@@ -16,6 +16,9 @@
  * Replaces the implementation by James Morse and Pavel Tatashin.
  */
 
+#include <kunit/static_stub.h>
+#include <kunit/visibility.h>
+
 #include <linux/align.h>
 #include <linux/bits.h>
 #include <linux/errno.h>
@@ -190,7 +193,10 @@ int trans_pgd_map(struct trans_pgd *trans, u64 va, phys_addr_t pa, u64 size,
 
 	if (!size || ((va | pa | size) & ~PAGE_MASK))
 		return -EINVAL;
-	if (size > limit - va || pa + size < pa || !prot_is_safe(prot))
+	if (size > limit - va || !prot_is_safe(prot))
+		return -EINVAL;
+	/* What does not fit into a descriptor would become attributes */
+	if (pa > PHYS_MASK || size - 1 > PHYS_MASK - pa)
 		return -EINVAL;
 
 	if (!trans->nr_pages) {
@@ -216,6 +222,16 @@ int trans_pgd_map(struct trans_pgd *trans, u64 va, phys_addr_t pa, u64 size,
 }
 
 /*
+ * Where memory is. A KUnit test has it made up.
+ */
+VISIBLE_IF_KUNIT struct memblock_type *trans_pgd_memory(void)
+{
+	KUNIT_STATIC_STUB_REDIRECT(trans_pgd_memory);
+
+	return &memblock.memory;
+}
+
+/*
  * Call @fn for each run of whole pages of memory, in ascending order, until it
  * returns something else than 0. Neighbouring regions (of two nodes, say) are
  * one run; memory that is marked nomap belongs to none.
@@ -223,14 +239,16 @@ int trans_pgd_map(struct trans_pgd *trans, u64 va, phys_addr_t pa, u64 size,
 static int walk_memory_runs(int (*fn)(phys_addr_t start, phys_addr_t end,
 				      void *arg), void *arg)
 {
-	phys_addr_t start = 0, end = 0, s, e;
+	const struct memblock_type *memory = trans_pgd_memory();
+	struct memblock_region *region;
+	phys_addr_t start = 0, end = 0;
 	int ret;
-	u64 i;
 
-	for_each_mem_range(i, &s, &e) {
-		s = ALIGN(s, PAGE_SIZE);
-		e = ALIGN_DOWN(e, PAGE_SIZE);
-		if (s >= e)
+	for (region = memory->regions; region < memory->regions + memory->cnt; region++) {
+		phys_addr_t s = ALIGN(region->base, PAGE_SIZE);
+		phys_addr_t e = ALIGN_DOWN(region->base + region->size, PAGE_SIZE);
+
+		if (memblock_is_nomap(region) || s >= e)
 			continue;
 
 		if (s == end) {

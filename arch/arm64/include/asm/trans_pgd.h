@@ -55,6 +55,10 @@ int trans_pgd_create_linear(struct trans_pgd *trans);
 int trans_pgd_create_idmap(struct trans_pgd *trans, phys_addr_t pa, u64 size);
 bool trans_pgd_linear_covers(phys_addr_t start, phys_addr_t end);
 
+#if IS_ENABLED(CONFIG_KUNIT)
+struct memblock_type *trans_pgd_memory(void);
+#endif
+
 /* One vector table for EL1 and EL2, ARM64_VECTOR_TABLE_LEN bytes */
 extern char trans_pgd_vectors[];
 
