@@ -46,7 +46,7 @@ def with_base(*cells: Cell) -> tuple[Cell, ...]:
 
 # Loading, with the kernel telling where
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Placed:
     """Where kexec_file_load() put a part of the image. Bytes; `bufsz` of them come from a file."""
 
@@ -57,6 +57,9 @@ class Placed:
     @property
     def end(self) -> int:
         return self.mem + self.memsz
+
+    def __repr__(self) -> str:
+        return f"{self.mem:#x}-{self.end:#x}"
 
 
 def load_next(m: Machine) -> str:
