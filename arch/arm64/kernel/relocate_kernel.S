@@ -51,8 +51,8 @@
  *
  * This is never executed where it was linked: machine_kexec_post_load() copies
  * everything between __relocate_new_kernel_start and _end to the control page,
- * fills in the arguments behind the code and puts the vectors where
- * TRANS_PGD_VECTORS_OFFSET says. So it is position independent, and the control
+ * puts the vectors where TRANS_PGD_VECTORS_OFFSET says and the arguments where
+ * KEXEC_ARGS_OFFSET does. So it is position independent, and the control
  * page and the transitional tables are all that it uses once the first byte is
  * copied: the destinations may cover everything else of the old kernel.
  *
@@ -77,9 +77,12 @@
  *  x26	device tree, physical, or 0
  *  x27	not 0: leave through EL2
  *  x28	struct kexec_control_args, physical
+ *  x29	the counter when this was entered
  *  x0 - x10 scratch
  */
 SYM_CODE_START(arm64_relocate_new_kernel)
+	mrs	x29, cntvct_el0
+
 	/* With VHE, this is VBAR_EL2 */
 	adr	x0, arm64_relocate_new_kernel
 	add	x0, x0, #TRANS_PGD_VECTORS_OFFSET
@@ -88,7 +91,7 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 	isb				// no exception may find the old vectors
 	msr	daifclr, #PSR_A_BIT >> 6	// report SErrors, don't bequeath them
 
-	adr	x28, kexec_control_args
+	adr	x28, arm64_relocate_new_kernel + KEXEC_ARGS_OFFSET
 	ldp	x8, x9, [x28, #KEXEC_ARGS_TTBR1]	// and the reserved one
 	ldp	x23, x22, [x28, #KEXEC_ARGS_VA_OFFSET]	// and the head
 	ldp	x25, x26, [x28, #KEXEC_ARGS_START]	// and the device tree
@@ -212,7 +215,28 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 	 * follows: instruction fetches and accesses that bypass the caches.
 	 */
 	dsb	sy
-	ic	iallu			// the I-cache may hold what was there
+
+	/*
+	 * Tell the image how long it took, in its device tree: a page that was
+	 * copied, or is in place, and that nobody verifies any more.
+	 */
+	ldr	x8, [x28, #KEXEC_ARGS_TIMING]
+	cbz	x8, 1f
+	add	x8, x8, x23
+	isb				// don't read the counter before the dsb
+	mrs	x1, cntvct_el0
+CPU_LE(	rev	x0, x29		)	// big-endian, as all of a device tree
+CPU_LE(	rev	x1, x1		)
+CPU_BE(	mov	x0, x29		)
+	ldp	x2, x3, [x28, #KEXEC_ARGS_TIMING_VALUES]
+	ldp	x4, x5, [x28, #KEXEC_ARGS_TIMING_VALUES + 16]
+	stp	x2, x3, [x8]
+	stp	x4, x5, [x8, #16]
+	stp	x0, x1, [x8, #32]
+	add	x1, x8, #KEXEC_TIMING_SIZE
+	dcache_by_myline_op_nosync civac, x8, x1, x24, x0
+	dsb	sy			// as above, for these lines
+1:	ic	iallu			// the I-cache may hold what was there
 	dsb	nsh			// complete before the next fetch
 	isb
 
@@ -316,7 +340,7 @@ SYM_CODE_END(kexec_corrupt)
  */
 SYM_CODE_START(kexec_fault)
 	mov	x12, x30
-	adr	x28, kexec_control_args
+	adr	x28, arm64_relocate_new_kernel + KEXEC_ARGS_OFFSET
 	mrs	x0, tpidrro_el0
 	add	x1, x0, #1
 	msr	tpidrro_el0, x1
@@ -513,9 +537,3 @@ SYM_CODE_END(kexec_putc)
 	/* Eight bytes each, in the order of the slots */
 SYM_DATA_LOCAL(kexec_vector_group, .ascii "sp0\0\0\0\0\0spx\0\0\0\0\0lower\0\0\0lower32\0")
 SYM_DATA_LOCAL(kexec_vector_kind, .ascii " sync\0\0\0 irq\0\0\0\0 fiq\0\0\0\0 serror\0")
-
-	/* struct kexec_control_args, filled in by machine_kexec_post_load() */
-	.balign	8
-SYM_DATA_START(kexec_control_args)
-	.skip	KEXEC_ARGS_SIZE
-SYM_DATA_END(kexec_control_args)
