@@ -22,6 +22,8 @@ from lab.timing import PROPERTY, Property, find, table
 pytestmark = pytest.mark.timing
 
 NAMES = ("4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1", "4k-va48-vhe-cma", "64k-va52-vhe", "64k-va52-nvhe-a72")
+# After a kexec_file_load() without KASLR, kexec-tools refuses to kexec_load(): the seed is still there.
+LINES = [replace(CELLS[name], name=f"{name}-timing", kaslr=True) for name in NAMES]
 NODE = f"/proc/device-tree/chosen/{PROPERTY}"
 
 BOOT_ARGUMENT = qemu.RAM_BASE + 0x18  # where QEMU's own boot code has the address of the device tree
@@ -36,7 +38,7 @@ def check_cleared(m: Machine) -> None:
     m.sh("[ -e /sys/firmware/fdt ]")
 
 
-@pytest.mark.cells(*(CELLS[name] for name in NAMES))
+@pytest.mark.cells(*LINES)
 def test_the_line(machine: Machine) -> None:
     """By kexec_file_load() it is there, and true; by kexec_load() it is not, whoever was before."""
     assert find(machine.log()) == [] and table(machine) == {}
@@ -84,7 +86,7 @@ def at_boot(at: int) -> dict[str, tuple[bytes | None, bool]]:
     }
 
 
-@pytest.mark.cells(replace(DEFAULT, name="4k-va48-vhe-timing"))
+@pytest.mark.cells(DEFAULT)
 def test_what_is_not_believed(cell: Cell, lab: Lab, tmp_path: Path) -> None:
     """From a property that is malformed, or cannot be about this boot, nothing is printed."""
     assert lab.guest
