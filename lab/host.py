@@ -36,6 +36,7 @@ FEATURES: dict[str, Feature] = {
     "build": Feature(("gcc", "libc6-dev", *_CROSS, "make", "bison", "flex", "bc", "perl", "ccache"),
                      (CROSS_COMPILE + "gcc", "gcc", "make", "bison", "flex", "bc", "perl", "ccache")),
     "boot": Feature(("qemu-system-arm", "qemu-utils"), ("qemu-system-aarch64", "qemu-img")),
+    "plot": Feature(("gnuplot-nox",), ("gnuplot",)),
     "test": Feature(("python3-pytest", "python3-pytest-timeout"), ()),
     "lint": Feature(("sparse", "perl", "patch"), ("sparse", "perl", "patch")),
 }
