@@ -37,6 +37,9 @@ KEPT = paths.ROOT / "bench"  # the committed copy
 
 OURS, MAINLINE = Kernel(4, 48), Kernel(4, 48, patched=False)
 
+# A CPU that was sold: its lines, and what DC ZVA zeroes, have 64 bytes.
+CELL = cells.CELLS["4k-va48-el1-a72"]
+
 # Relocation: one segment, in memory that the kernel does not take pages from while it has others.
 SIZES = (16, 64, 256, 512)  # MiB
 MEMORY = 8192  # MiB
@@ -85,13 +88,17 @@ def name(kernel: Kernel) -> str:
     return "this series" if kernel.patched else "mainline"
 
 
-def relocate(built: Built, archives: Guest, mib: int, verify: bool, scattered: bool) -> Counts:
-    """Count one relocation. Raises LabError if it does not come to its end."""
-    cell = replace(cells.DEFAULT, name=f"bench-{built.kernel.name}", kernel=built.kernel, memory=MEMORY,
-                   cpus=1, kaslr=False)
+def relocate(built: Built, archives: Guest, mib: int, verify: bool, scattered: bool, *, zva: bool = True,
+             cell: cells.Cell = CELL, block: int = 64) -> Counts:
+    """Count one relocation; `zva` may DC ZVA be used, which zeroes `block` bytes on the CPU of `cell`?
+
+    Raises LabError if it does not come to its end.
+    """
+    cell = replace(cell, name=f"bench-{built.kernel.name}", kernel=built.kernel, memory=MEMORY, cpus=1, kaslr=False)
     with tempfile.TemporaryDirectory(prefix="lab.") as folder:
         out, socket = Path(folder) / "counts", Path(folder) / "gdb"
-        extra = [*plugin.options(plugin.entry(built), [FILL * 0x01010101], out), *options(socket)]
+        extra = [*plugin.options(plugin.entry(built), [FILL * 0x01010101], out, zva=block),
+                 *options(socket)]
         with Machine(cell, built, archives, extra=extra, report=lambda text: None) as m:
             m.hello()
             request = statements([Segment(DESTINATION, mib * MIB, f"fill {FILL} {mib * MIB}")])
@@ -99,10 +106,11 @@ def relocate(built: Built, archives: Guest, mib: int, verify: bool, scattered: b
             if answer != "0":
                 raise LabError(f"{mib} MiB can't be loaded: {answer}", str(m.console))
             leave = "(sleep 0.3; exec kexec -e) >/dev/null 2>&1 &"
-            if verify == built.kernel.patched:
-                m.sh(leave)
+            off = (["VERIFY"] if not verify else []) + (["ZVA"] if not zva else [])
+            if built.kernel.patched and off:
+                _without(off, m, built, socket, leave)
             else:
-                _without_verification(m, built, socket, leave)
+                m.sh(leave)
             end = time.monotonic() + PATIENCE
             while not plugin.read(out):
                 m.heard(0.1)
@@ -112,10 +120,10 @@ def relocate(built: Built, archives: Guest, mib: int, verify: bool, scattered: b
     return counts
 
 
-def _without_verification(m: Machine, built: Built, socket: Path, leave: str) -> None:
-    """Leave, and switch verification off at the entry to the control page."""
+def _without(members: list[str], m: Machine, built: Built, socket: Path, leave: str) -> None:
+    """Leave, and set members of the arguments to 0 at the entry to the control page."""
     machine_kexec = read_symbols(built.vmlinux)["machine_kexec"]
-    verify = read_offsets(built.objdir / "include/generated/asm-offsets.h")["KEXEC_ARGS_VERIFY"]
+    offsets = read_offsets(built.objdir / "include/generated/asm-offsets.h")
     with Gdb(socket) as gdb:
         gdb.set_break(machine_kexec)
         gdb.resume()
@@ -124,7 +132,8 @@ def _without_verification(m: Machine, built: Built, socket: Path, leave: str) ->
             raise LabError("the guest does not come to machine_kexec()", str(m.console))
         gdb.clear_break(machine_kexec)
         control = enter(gdb, machine_kexec, str(m.console))
-        gdb.write(control + ARGS + verify, bytes(8))
+        for member in members:
+            gdb.write(control + ARGS + offsets[f"KEXEC_ARGS_{member}"], bytes(8))
         gdb.resume()
 
 
@@ -143,7 +152,7 @@ def relocations(kernels: list[Built], archives: Guest, sizes: tuple[int, ...] = 
 
 def loads(built: Built, archives: Guest, memory: int) -> Iterator[Load]:
     """Both loaders on one machine, TIMES times each."""
-    cell = replace(cells.DEFAULT, name=f"bench-{built.kernel.name}-{memory}", kernel=built.kernel, memory=memory)
+    cell = replace(CELL, name=f"bench-{built.kernel.name}-{memory}", kernel=built.kernel, memory=memory)
     with Machine(cell, built, archives, report=lambda text: None) as m:
         m.hello()
         m.sh("fetch", timeout=300)

@@ -69,9 +69,9 @@ def entry(built: Built) -> list[int]:
         return list(struct.unpack(f"<{WORDS}I", image.read(4 * WORDS)))
 
 
-def options(enter: Sequence[int], leave: Sequence[int], out: Path, mmu: bool = True) -> list[str]:
-    """What QEMU needs to be told. `mmu` tells whether it is on where counting begins."""
-    return ["-plugin", f"file={build()},enter={pattern(enter)},leave={pattern(leave)},out={out}"
+def options(enter: Sequence[int], leave: Sequence[int], out: Path, mmu: bool = True, zva: int = 64) -> list[str]:
+    """What QEMU needs to be told. `mmu`: is it on where counting begins? `zva`: bytes that DC ZVA zeroes."""
+    return ["-plugin", f"file={build()},enter={pattern(enter)},leave={pattern(leave)},out={out},zva={zva}"
             + ("" if mmu else ",mmu=off")]
 
 

@@ -8,6 +8,7 @@
  *   leave=WORD[:WORD...]  and ends where one is entered that begins with these
  *   out=PATH              a line of JSON is appended there each time it ends
  *   mmu=off               the MMU is off when counting begins
+ *   zva=BYTES             what DC ZVA zeroes; 64 if it is not given
  *
  * Every instruction is in one class, by its encoding. Loads and stores are
  * instructions, too; what they move is counted in bytes. They are cacheable
@@ -76,7 +77,6 @@ static const char *const names[CLASSES] = {
 #define CHUNK_SHIFT 21 /* bytes whose lines are kept together */
 #define CHUNK_LINES (1UL << (CHUNK_SHIFT - LINE_SHIFT))
 #define CHUNKS (1UL << 20) /* hashed by address: 2 TiB */
-#define ZVA_BLOCK 64 /* bytes: what QEMU's CPUs have */
 
 struct pattern {
 	uint32_t words[WORDS];
@@ -86,6 +86,7 @@ struct pattern {
 static struct pattern enter, leave;
 static const char *out;
 static bool mmu_off;
+static uint64_t zva_block = 64;
 
 static uint64_t insns, classes[CLASSES];
 static uint64_t loads[2], stores[2], bytes_loaded, bytes_stored, device;
@@ -225,7 +226,7 @@ static void on_store(unsigned int vcpu, void *data)
 
 static void on_zva(unsigned int vcpu, void *data)
 {
-	zeroed += ZVA_BLOCK;
+	zeroed += zva_block;
 }
 
 static void on_sctlr(unsigned int vcpu, void *data)
@@ -365,6 +366,8 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int
 			out = argv[i] + 4;
 		else if (!strcmp(argv[i], "mmu=off"))
 			mmu_off = true;
+		else if (!strncmp(argv[i], "zva=", 4))
+			zva_block = strtoul(argv[i] + 4, NULL, 0);
 		else
 			good = false;
 		if (!good) {

@@ -25,10 +25,12 @@
 #include <linux/panic.h>
 #include <linux/pgtable.h>
 #include <linux/printk.h>
+#include <linux/sizes.h>
 #include <linux/smp.h>
 #include <linux/stdarg.h>
 #include <linux/string.h>
 
+#include <asm/cpufeature.h>
 #include <asm/daifflags.h>
 #include <asm/memory.h>
 #include <asm/sections.h>
@@ -269,6 +271,18 @@ static struct kexec_control_args *kexec_args(const struct kimage *image)
 	return page_address(image->control_code_page) + KEXEC_ARGS_OFFSET;
 }
 
+/*
+ * The block that DC ZVA zeroes, if it may be used. The control page zeroes four
+ * of them at a time, and 4 KiB in a row.
+ */
+static u64 kexec_zva_block(void)
+{
+	u64 dczid = read_sanitised_ftr_reg(SYS_DCZID_EL0);
+	u64 size = 4ULL << SYS_FIELD_GET(DCZID_EL0, BS, dczid);
+
+	return SYS_FIELD_GET(DCZID_EL0, DZP, dczid) || size > SZ_1K ? 0 : size;
+}
+
 static void kexec_fill_control_page(struct kimage *image, u64 ttbr1)
 {
 	struct kexec_control_args *args = kexec_args(image);
@@ -294,6 +308,7 @@ static void kexec_fill_control_page(struct kimage *image, u64 ttbr1)
 		.start		= image->start,
 		.dtb_mem	= image->arch.dtb_mem,
 		.el2		= is_hyp_nvhe(),
+		.zva		= kexec_zva_block(),
 	};
 	kexec_report_init(args);
 	kexec_verify_init(image, args);

@@ -186,6 +186,8 @@ struct kexec_timing_values {
  * @dtb_mem: physical address of its device tree, or 0
  * @el2: not 0 if EL2 has to be entered from EL1 by an HVC
  * @verify: not 0 if @list and @crc are valid
+ * @zva: size of the block that DC ZVA zeroes, bytes; 0 if it must not be used.
+ *       Follows @verify
  * @list_entries: number of entries in the kimage list, the last one included
  * @list: what these entries have to be; its segment has no meaning
  * @crc: the segments in the order of the list; follows @list
@@ -210,6 +212,7 @@ struct kexec_control_args {
 	u64 dtb_mem;
 	u64 el2;
 	u64 verify;
+	u64 zva;
 	u64 list_entries;
 	struct kexec_control_crc list;
 	struct kexec_control_crc crc[16];
