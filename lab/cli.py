@@ -36,6 +36,7 @@ examples:
   ./kexec-lab run --cell 64k-va52-nvhe     another kernel and machine ('cells' lists them)
   ./kexec-lab kdump --crash interrupt      a crash, and what the dump holds
   ./kexec-lab hibernate --cycles 10        half of memory is checked after each
+  ./kexec-lab bench                        events and times beside mainline's
   ./kexec-lab check -m handover            one kind of test; further words go to pytest
   ./kexec-lab check --all                  every cell: some hours of work
   ./kexec-lab shell                        a prompt in a guest with kexec-tools in it
@@ -96,6 +97,9 @@ def parser() -> argparse.ArgumentParser:
     mutate.add_argument("--only", action="append", choices=MUTANTS, metavar="NAME",
                         help="judge this one (may be repeated): " + " ".join(MUTANTS))
     _base_options(mutate)
+    bench = add("bench", _bench, "count and time this series and mainline in one run")
+    bench.add_argument("--keep", action="store_true", help="copy what was found to bench/")
+    _base_options(bench)
     shell = add("shell", _shell, "open a prompt in a guest")
     _cell_options(shell)
     _base_options(shell)
@@ -208,6 +212,11 @@ def _mutants(args: argparse.Namespace) -> int:
     return mutants.main(args)
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from lab import bench
+    return bench.main(args)
+
+
 def _shell(args: argparse.Namespace) -> int:
     from lab import shell
     return shell.main(args)
@@ -293,6 +302,7 @@ def _explain(args: argparse.Namespace) -> None:
     """What a command would do, in the order in which it would."""
     needs = {**dict.fromkeys(("run", "kdump", "hibernate", "shell"), ("base", "build", "boot")),
              **dict.fromkeys(("check", "mutants"), ("base", "build", "boot", "test", "lint")), "build": ("base", "build"),
+             "bench": ("base", "build", "boot", "plot"),
              "tree": ("base",), "series": ("base",)}.get(args.command, ())
     missing = host.missing_packages(*needs) if needs and host.is_debian() else []
     if missing:
@@ -305,6 +315,9 @@ def _explain(args: argparse.Namespace) -> None:
         print(f"build:   kernel {cell.kernel.name}, guest initramfs (busybox-static, kexec-tools for arm64)")
         print(f"boot:    {cell.name} under qemu-system-aarch64, {args.accel}: {cell.cpu}, {cell.cpus} CPUs, "
               f"{cell.memory} MiB, {cell.el}")
+    if args.command == "bench":
+        print(f"build:   kernels 4k-va48 and 4k-va48-base\nwrite:   {paths.OUT / 'bench.json'}, a table and plots"
+              + (", and copies of them in bench/" if args.keep else ""))
     if args.command == "run":
         print(f"load:    {', '.join(LOADERS[args.loader])}; execute and verify each")
         print(f"write:   {paths.OUT / 'run.json'}")

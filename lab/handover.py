@@ -6,6 +6,7 @@ import re
 import time
 from dataclasses import dataclass
 
+from lab import timing
 from lab.cells import Cell
 from lab.machine import GuestFailure, Hello, Machine, find_complaints
 
@@ -46,7 +47,10 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Handover:
-    """A handover that was verified. `seconds` from the start of loading to the verdict."""
+    """A handover that was verified. `seconds` from the start of loading to the verdict.
+
+    `timing` is what the new kernel says about it, if it does.
+    """
 
     loader: str
     ok: bool
@@ -54,6 +58,7 @@ class Handover:
     table_pages: int | None
     bytes_moved: int | None
     bytes_in_place: int | None
+    timing: timing.Timing | None
 
 
 def parse_log(text: str) -> Loaded:
@@ -143,7 +148,10 @@ def handover(m: Machine, loader: str, options: str = "", count_pages: bool = Fal
         if loaded.table_pages not in (None, tables):
             raise BadHandover(f"the kernel logged {loaded.table_pages} table pages and holds {tables}", m)
     verify(m, m.exec(), since)
-    return Handover(loader, True, time.monotonic() - begin, tables, loaded.bytes_to_move, loaded.bytes_in_place)
+    seconds = time.monotonic() - begin
+    said = timing.find(m.log()[since:])
+    return Handover(loader, True, seconds, tables, loaded.bytes_to_move, loaded.bytes_in_place,
+                    said[0] if said else None)
 
 
 def check_log(m: Machine, loaded: Loaded) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Callable, Sequence
 
 from lab import fdt, qemu
 from lab.machine import Machine
@@ -112,25 +112,26 @@ def next_parameters(m: Machine) -> str:
     return f"{qemu.parameters(m.boot.cell)} lab.gen={m.generation + 1}"
 
 
-def device_tree(m: Machine, initrd_start: int, initrd_end: int) -> bytes:
-    """The running kernel's device tree, with the next one's command line and initrd."""
+def device_tree(m: Machine, initrd_start: int, initrd_end: int, chosen: dict[str, bytes]) -> bytes:
+    """The running kernel's device tree, with the next one's command line and initrd, and `chosen` besides."""
     tree = fdt.parse(m.get("/sys/firmware/fdt"))
     tree.root.node("chosen").properties |= {
         "bootargs": fdt.string(next_parameters(m)),
         "linux,initrd-start": fdt.pairs(initrd_start),
         "linux,initrd-end": fdt.pairs(initrd_end),
         "kaslr-seed": fdt.pairs(SEED),  # a kernel wipes the one it was given
-    }
+    } | chosen
     return fdt.flatten(tree)
 
 
-def load_over_running_kernel(m: Machine) -> list[Segment]:
+def load_over_running_kernel(m: Machine, chosen: Callable[[int], dict[str, bytes]] = lambda at: {}) -> list[Segment]:
     """Load the next kernel onto everything that the running one uses.
 
     The Image goes where the running one is, with the initrd behind it; segments
     of zeros cover whatever else the kernel uses: its page tables, stacks and
-    data of every kind. Returns the segments. Raises AssertionError if the
-    kernel refuses them.
+    data of every kind. `chosen` are further properties for the device tree at
+    an address. Returns the segments. Raises AssertionError if the kernel
+    refuses them.
     """
     m.sh("fetch", timeout=300)
     used = used_ranges(m)
@@ -150,9 +151,9 @@ def load_over_running_kernel(m: Machine) -> list[Segment]:
     rest = subtract(merge(used, gap), [(kernel.mem, kernel.end), (initrd.mem, initrd.end)])
 
     # The device tree takes the place of something, too: the end of the last.
-    tree = device_tree(m, initrd.mem, initrd.mem + initrd_size)
-    size = aligned(TRAMPOLINE_SIZE + len(tree))
+    size = aligned(TRAMPOLINE_SIZE + len(device_tree(m, initrd.mem, initrd.mem + initrd_size, chosen(0))))
     dtb_at = rest[-1][1] - size
+    tree = device_tree(m, initrd.mem, initrd.mem + initrd_size, chosen(dtb_at + TRAMPOLINE_SIZE))
     code = TRAMPOLINE + struct.pack("<2Q", dtb_at + TRAMPOLINE_SIZE, kernel.mem)
     blob = code.ljust(TRAMPOLINE_SIZE, b"\0") + tree
     m.put("/tmp/dtb", blob)

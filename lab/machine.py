@@ -277,6 +277,10 @@ class Machine:
         """The next message from the guest, if one comes within `seconds`, whatever it is about."""
         return self._port.poll(seconds)
 
+    def ended(self) -> bool:
+        """Has QEMU ended?"""
+        return self._qemu is None or self._qemu.poll() is not None
+
     # What it is told
 
     def hello(self) -> Hello:

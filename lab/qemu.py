@@ -116,14 +116,19 @@ def uart(memory: int) -> int:
     return RAM_BASE + memory * MIB // 2 + 32 * MIB
 
 
+def device_tree(cell: Cell, path: Path, accel: str = "tcg") -> fdt.Tree:
+    """The tree that QEMU makes for a cell. `path` is for a file that is left there."""
+    options = machine(cell, accel)
+    options[1] += f",dumpdtb={path}"
+    proc.run([QEMU, *options])
+    return fdt.parse(path.read_bytes())
+
+
 def prepare(boot: Boot, path: Path) -> Boot:
     """`boot`, with a device tree at `path` if its cell asks for one: QEMU's own with what the cell has different."""
     if not (boot.cell.holes or boot.cell.uart or boot.cell.spin_table):
         return boot
-    options = machine(boot.cell, boot.accel)
-    options[1] += f",dumpdtb={path}"
-    proc.run([QEMU, *options])
-    tree = fdt.parse(path.read_bytes())
+    tree = device_tree(boot.cell, path, boot.accel)
     reserved = tree.root.node("reserved-memory")
     reserved.properties |= {"#address-cells": fdt.cell(2), "#size-cells": fdt.cell(2), "ranges": b""}
     for start, size in holes(boot.cell.memory) if boot.cell.holes else ():

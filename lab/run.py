@@ -13,6 +13,7 @@ from lab.cli import LOADERS
 from lab.errors import LabError
 from lab.handover import Handover, handover, verify_first
 from lab.machine import Machine
+from lab.timing import Timing
 
 REPORT = paths.OUT / "run.json"
 
@@ -49,19 +50,27 @@ def _one(m: Machine, loader: str, handovers: list[Handover]) -> Handover:
         try:
             return handover(m, loader)
         except LabError:
-            handovers.append(Handover(loader, False, time.monotonic() - begin, None, None, None))
+            handovers.append(Handover(loader, False, time.monotonic() - begin, None, None, None, None))
             raise
 
 
 def table(handovers: list[Handover]) -> str:
     """The closing table."""
-    rows = [("LOADER", "VERIFIED", "SECONDS", "TABLE PAGES", "BYTES MOVED", "BYTES IN PLACE")]
+    rows = [("LOADER", "VERIFIED", "SECONDS", "TABLE PAGES", "BYTES MOVED", "BYTES IN PLACE",
+             "SHUTDOWN", "COPY", "STARTUP")]
     for one in handovers:
         figures = (one.table_pages, one.bytes_moved, one.bytes_in_place)
         rows.append((one.loader, "yes" if one.ok else "NO", f"{one.seconds:.1f}",
-                     *("-" if figure is None else str(figure) for figure in figures)))
+                     *("-" if figure is None else str(figure) for figure in figures), *_phases(one.timing)))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(value.ljust(width) for value, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def _phases(said: Timing | None) -> tuple[str, ...]:
+    """What the kernel that came up says; only kexec_file_load() has it told."""
+    if said is None:
+        return ("-",) * 3
+    return tuple(f"{ms:.1f} ms" for ms in (said.shutdown_ms, said.copy_ms, said.startup_ms))
 
 
 def _write(cell: cells.Cell, source: base.Source | None, handovers: list[Handover], ok: bool) -> None:

@@ -30,6 +30,7 @@ from lab.handover import load
 from lab.machine import Machine
 
 PAGE = 4096  # the cells here have 4 KiB pages
+ARGS = 4096  # KEXEC_ARGS_OFFSET
 MIB = 1 << 20
 GIB = 1 << 30
 TABLE = 0x0000_FFFF_FFFF_F000  # address in a descriptor or a TTBR, 4 KiB pages
@@ -352,7 +353,7 @@ class Stage:
                 return int.from_bytes(self.gdb.read(image + self.offsets[f"KIMAGE_{name}"], 8, virtual=True), "little")
 
             return Scene(self, member("HEAD"), -member("ARCH_PHYS_OFFSET"), control, member("ARCH_TTBR1"), 0, text)
-        args = control + self.symbols["kexec_control_args"] - self.symbols["arm64_relocate_new_kernel"]
+        args = control + ARGS
         ttbr1, _, va_offset, head = struct.unpack("<4Q", self.gdb.read(args, 32))
         return Scene(self, head, va_offset, control, ttbr1, args, text)
 

@@ -17,6 +17,9 @@
  *   line TEXT                        or this one
  *   fail N                           make the Nth allocation of the call fail
  *   announce                         say "calling" on stderr before the call
+ *   scatter MIB                      before the call, hold every other page of that
+ *                                    much memory and free the rest
+ *   time                             print how long the call took, too: nanoseconds
  *
  * Prints the name of the error ("0" if there was none) and exits with 0 if the
  * call succeeded, 1 if it failed, 2 if the description can't be followed. With
@@ -27,12 +30,14 @@
 #include <fcntl.h>
 #include <linux/kexec.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #define MAX_SEGMENTS 64 /* more than the kernel takes */
@@ -137,6 +142,26 @@ struct request {
 	char *cmdline;
 };
 
+/* What is allocated next is single pages, none beside another */
+static void scatter(size_t mib)
+{
+	size_t page = sysconf(_SC_PAGESIZE), size = mib << 20, at;
+	char *p = anonymous(size);
+
+	for (at = 0; at < size; at += page)
+		p[at] = 1;
+	for (at = 0; at < size; at += 2 * page)
+		madvise(p + at, page, MADV_DONTNEED);
+}
+
+static uint64_t nanoseconds(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000000000ULL + now.tv_nsec;
+}
+
 static void parse_cmdline(struct request *r)
 {
 	r->cmdline_size = number(strtok(NULL, " "));
@@ -174,7 +199,8 @@ int main(void)
 	static struct request r = { .kernel = -1, .initrd = -1 };
 	char line[512], left[16] = "0";
 	const char *fail_nth = NULL;
-	bool announce = false;
+	bool announce = false, timed = false;
+	uint64_t begin; /* then how long it took */
 	int fd = -1, error;
 
 	while (fgets(line, sizeof(line), stdin)) {
@@ -198,6 +224,10 @@ int main(void)
 			parse_line(&r);
 		else if (!strcmp(word, "announce"))
 			announce = true;
+		else if (!strcmp(word, "scatter"))
+			scatter(number(strtok(NULL, " ")));
+		else if (!strcmp(word, "time"))
+			timed = true;
 		else if (!strcmp(word, "fail"))
 			fail_nth = strdup(strtok(NULL, " "));
 		else if (strcmp(word, "segment"))
@@ -215,12 +245,17 @@ int main(void)
 		if (write(fd, fail_nth, strlen(fail_nth)) < 0)
 			fail("fail-nth", strerror(errno));
 	}
+	begin = nanoseconds();
 	error = call(&r) ? errno : 0;
+	begin = nanoseconds() - begin;
 	if (fail_nth && (pread(fd, left, sizeof(left) - 1, 0) < 0 ||
 			 pwrite(fd, "0", 1, 0) < 0))
 		fail("fail-nth", strerror(errno));
 
-	printf("%s%s\n", error ? strerrorname_np(error) : "0",
+	printf("%s%s", error ? strerrorname_np(error) : "0",
 	       atoi(left) ? " spared" : "");
+	if (timed)
+		printf(" %llu", (unsigned long long)begin);
+	putchar('\n');
 	return !!error;
 }

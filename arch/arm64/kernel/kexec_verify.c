@@ -156,14 +156,14 @@ void kexec_verify_init(struct kimage *image, struct kexec_control_args *args)
 }
 
 /**
- * machine_kexec_verify() - is the image still what was loaded?
+ * kexec_verify() - is the image still what was loaded?
  * @image: image that is about to be executed
  *
  * Context: process context, kexec lock held, before anything is shut down.
  *
  * Return: 0, or -EIO with a line in the log that names the segment.
  */
-int machine_kexec_verify(const struct kimage *image)
+int kexec_verify(const struct kimage *image)
 {
 	u64 entries = image->arch.list_entries;
 	unsigned long i;

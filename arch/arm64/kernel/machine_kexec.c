@@ -12,6 +12,7 @@
 #define pr_fmt(fmt) "kexec: " fmt
 
 #include <linux/align.h>
+#include <linux/build_bug.h>
 #include <linux/cacheflush.h>
 #include <linux/cpu.h>
 #include <linux/errno.h>
@@ -24,10 +25,12 @@
 #include <linux/panic.h>
 #include <linux/pgtable.h>
 #include <linux/printk.h>
+#include <linux/sizes.h>
 #include <linux/smp.h>
 #include <linux/stdarg.h>
 #include <linux/string.h>
 
+#include <asm/cpufeature.h>
 #include <asm/daifflags.h>
 #include <asm/memory.h>
 #include <asm/sections.h>
@@ -220,10 +223,8 @@ static unsigned long kexec_bytes_to_move(const struct kimage *image)
 	return bytes;
 }
 
-/*
- * Tell what was loaded. Returns the number of bytes that have to be moved.
- */
-static unsigned long kexec_image_info(const struct kimage *image)
+/* Tell what was loaded, and remember how much of it has to be moved */
+static void kexec_image_info(struct kimage *image)
 {
 	unsigned long i, total = 0, bytes = kexec_bytes_to_move(image);
 
@@ -239,7 +240,9 @@ static unsigned long kexec_image_info(const struct kimage *image)
 	kexec_info("%lu bytes to move\n", bytes);
 	kexec_info("%lu bytes in place\n", total - bytes);
 
-	return bytes;
+	image->arch.bytes_to_move = bytes;
+	image->arch.bytes_in_place = total - bytes;
+	image->arch.relocate = bytes;
 }
 
 /*
@@ -266,8 +269,19 @@ static void kexec_flush_in_place(const struct kimage *image, bool all)
 /* The arguments in the control page of @image, in the linear map */
 static struct kexec_control_args *kexec_args(const struct kimage *image)
 {
-	return page_address(image->control_code_page) +
-	       (kexec_control_args - __relocate_new_kernel_start);
+	return page_address(image->control_code_page) + KEXEC_ARGS_OFFSET;
+}
+
+/*
+ * The block that DC ZVA zeroes, if it may be used. The control page zeroes four
+ * of them at a time, and 4 KiB in a row.
+ */
+static u64 kexec_zva_block(void)
+{
+	u64 dczid = read_sanitised_ftr_reg(SYS_DCZID_EL0);
+	u64 size = 4ULL << SYS_FIELD_GET(DCZID_EL0, BS, dczid);
+
+	return SYS_FIELD_GET(DCZID_EL0, DZP, dczid) || size > SZ_1K ? 0 : size;
 }
 
 static void kexec_fill_control_page(struct kimage *image, u64 ttbr1)
@@ -276,6 +290,8 @@ static void kexec_fill_control_page(struct kimage *image, u64 ttbr1)
 	char *page = page_address(image->control_code_page);
 	unsigned long start = (unsigned long)page;
 	u64 *handler;
+
+	BUILD_BUG_ON(KEXEC_ARGS_OFFSET + sizeof(*args) > KEXEC_CONTROL_PAGE_SIZE);
 
 	memcpy(page, __relocate_new_kernel_start,
 	       __relocate_new_kernel_end - __relocate_new_kernel_start);
@@ -293,6 +309,7 @@ static void kexec_fill_control_page(struct kimage *image, u64 ttbr1)
 		.start		= image->start,
 		.dtb_mem	= image->arch.dtb_mem,
 		.el2		= is_hyp_nvhe(),
+		.zva		= kexec_zva_block(),
 	};
 	kexec_report_init(args);
 	kexec_verify_init(image, args);
@@ -374,7 +391,7 @@ int machine_kexec_post_load(struct kimage *image)
 	struct trans_pgd idmap = linear;
 	int ret;
 
-	image->arch.relocate = kexec_image_info(image);
+	kexec_image_info(image);
 	kexec_flush_in_place(image, !image->arch.relocate);
 	if (!image->arch.relocate) {
 		kexec_info("0 table pages\n");
@@ -406,6 +423,21 @@ int machine_kexec_post_load(struct kimage *image)
 	kexec_fill_control_page(image, virt_to_phys(linear.root));
 
 	return 0;
+}
+
+/**
+ * machine_kexec_verify() - the image is to be executed: may it be?
+ * @image: image that was loaded
+ *
+ * Context: process context, kexec lock held, before anything is shut down.
+ *
+ * Return: 0, or -EIO if @image is not what it was when it was loaded.
+ */
+int machine_kexec_verify(const struct kimage *image)
+{
+	kexec_timing_begin();
+
+	return kexec_verify(image);
 }
 
 /**
@@ -441,6 +473,7 @@ void __nocfi machine_kexec(struct kimage *image)
 
 		/* What ends a fault reads it with the MMU off */
 		args->panic_timeout = panic_timeout;
+		kexec_timing_leave(image, args);
 		dcache_clean_inval_poc((unsigned long)args,
 				       (unsigned long)(args + 1));
 
@@ -452,6 +485,7 @@ void __nocfi machine_kexec(struct kimage *image)
 		typeof(cpu_soft_restart) *restart;
 
 		restart = (void *)__pa_symbol(cpu_soft_restart);
+		kexec_timing_leave(image, NULL);
 		cpu_install_idmap();
 		restart(is_hyp_nvhe(), image->start, image->arch.dtb_mem, 0, 0);
 	}

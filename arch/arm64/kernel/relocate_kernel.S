@@ -7,6 +7,7 @@
 
 #include <linux/kexec.h>
 #include <linux/linkage.h>
+#include <linux/sizes.h>
 #include <uapi/linux/psci.h>
 
 #include <asm/asm-offsets.h>
@@ -32,18 +33,21 @@
 	.endr
 	.endm
 
+/*
+ * load_line, store_line - 64 bytes from or to memory; the address moves on
+ */
 	.macro	load_line, src
-	ldp	x0, x1, [\src]
-	ldp	x2, x3, [\src, #16]
-	ldp	x4, x5, [\src, #32]
-	ldp	x6, x7, [\src, #48]
+	ldp	x0, x1, [\src], #64
+	ldp	x2, x3, [\src, #-48]
+	ldp	x4, x5, [\src, #-32]
+	ldp	x6, x7, [\src, #-16]
 	.endm
 
 	.macro	store_line, dst
-	stp	x0, x1, [\dst]
-	stp	x2, x3, [\dst, #16]
-	stp	x4, x5, [\dst, #32]
-	stp	x6, x7, [\dst, #48]
+	stp	x0, x1, [\dst], #64
+	stp	x2, x3, [\dst, #-48]
+	stp	x4, x5, [\dst, #-32]
+	stp	x6, x7, [\dst, #-16]
 	.endm
 
 /*
@@ -51,8 +55,8 @@
  *
  * This is never executed where it was linked: machine_kexec_post_load() copies
  * everything between __relocate_new_kernel_start and _end to the control page,
- * fills in the arguments behind the code and puts the vectors where
- * TRANS_PGD_VECTORS_OFFSET says. So it is position independent, and the control
+ * puts the vectors where TRANS_PGD_VECTORS_OFFSET says and the arguments where
+ * KEXEC_ARGS_OFFSET does. So it is position independent, and the control
  * page and the transitional tables are all that it uses once the first byte is
  * copied: the destinations may cover everything else of the old kernel.
  *
@@ -67,6 +71,7 @@
  *  x14	expected CRC and number of the current segment: kexec_control_crc
  *  x15	not 0: verify
  *  w16	CRC32C of the current segment so far
+ *  x17	size of what DC ZVA zeroes, bytes, or 0
  *  x19	destination of the next page, linear map
  *  x20	source of the page, linear map
  *  x21	next entry of the list, linear map
@@ -77,9 +82,12 @@
  *  x26	device tree, physical, or 0
  *  x27	not 0: leave through EL2
  *  x28	struct kexec_control_args, physical
- *  x0 - x10 scratch
+ *  x29	the counter when this was entered
+ *  x0 - x12 scratch
  */
 SYM_CODE_START(arm64_relocate_new_kernel)
+	mrs	x29, cntvct_el0
+
 	/* With VHE, this is VBAR_EL2 */
 	adr	x0, arm64_relocate_new_kernel
 	add	x0, x0, #TRANS_PGD_VECTORS_OFFSET
@@ -88,12 +96,12 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 	isb				// no exception may find the old vectors
 	msr	daifclr, #PSR_A_BIT >> 6	// report SErrors, don't bequeath them
 
-	adr	x28, kexec_control_args
+	adr	x28, arm64_relocate_new_kernel + KEXEC_ARGS_OFFSET
 	ldp	x8, x9, [x28, #KEXEC_ARGS_TTBR1]	// and the reserved one
 	ldp	x23, x22, [x28, #KEXEC_ARGS_VA_OFFSET]	// and the head
 	ldp	x25, x26, [x28, #KEXEC_ARGS_START]	// and the device tree
 	ldr	x27, [x28, #KEXEC_ARGS_EL2]
-	ldr	x15, [x28, #KEXEC_ARGS_VERIFY]
+	ldp	x15, x17, [x28, #KEXEC_ARGS_VERIFY]	// and the block of DC ZVA
 	add	x14, x28, #KEXEC_ARGS_LIST
 	mov	x19, xzr
 	mov	x20, xzr
@@ -157,33 +165,50 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 	add	x10, x8, #PAGE_SIZE
 	cmp	x19, x20		// the page may be in place already
 	b.eq	.Lin_place
-	cbnz	x15, .Lcopy_crc
+
+	/*
+	 * A line that is stored to word by word gets read first. One that was
+	 * zeroed as a whole is in the cache without, and stays there if this is
+	 * done 4 KiB at a time.
+	 */
+.Lchunk:
+	add	x11, x9, #SZ_4K
+	cbz	x17, 2f
+	mov	x12, x9
+1:	.rept	4			// their size divides 1 KiB
+	dc	zva, x12
+	add	x12, x12, x17
+	.endr
+	cmp	x12, x11
+	b.lo	1b
+2:	cbnz	x15, .Lcopy_crc
 
 .Lcopy:
+	.rept	2
 	prfm	pldl1strm, [x8, #512]	// beyond the page it does no harm
 	load_line x8
-	add	x8, x8, #64
 	store_line x9
-	add	x9, x9, #64
-	cmp	x8, x10
+	.endr
+	cmp	x9, x11
 	b.ne	.Lcopy
-	b	.Lclean
+	b	.Lcopied
 
 .Lcopy_crc:
 	prfm	pldl1strm, [x8, #512]
 	load_line x8
-	add	x8, x8, #64
 	crc_line w16
 	store_line x9
-	add	x9, x9, #64
-	cmp	x8, x10
+	cmp	x9, x11
 	b.ne	.Lcopy_crc
+
+.Lcopied:
+	cmp	x8, x10
+	b.ne	.Lchunk
 	b	.Lclean
 
 .Lin_place:
 	cbz	x15, .Lclean
 1:	load_line x8
-	add	x8, x8, #64
 	crc_line w16
 	cmp	x8, x10
 	b.ne	1b
@@ -195,10 +220,21 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 	 * this to complete, see .Ldone.
 	 */
 .Lclean:
-	mov	x9, x19
-	add	x19, x19, #PAGE_SIZE
-	mov	x1, x19
-	dcache_by_myline_op_nosync civac, x9, x1, x24, x0
+	mov	x1, #1
+alternative_if ARM64_WORKAROUND_4311569
+	mov	x1, #2			// twice
+alternative_else_nop_endif
+	add	x0, x19, #PAGE_SIZE
+1:	mov	x9, x19
+2:	.rept	4			// a page has at least as many lines
+	dc	civac, x9
+	add	x9, x9, x24
+	.endr
+	cmp	x9, x0
+	b.lo	2b
+	subs	x1, x1, #1
+	b.ne	1b
+	mov	x19, x0
 
 .Lnext:
 	ldr	x22, [x21], #8
@@ -212,7 +248,28 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 	 * follows: instruction fetches and accesses that bypass the caches.
 	 */
 	dsb	sy
-	ic	iallu			// the I-cache may hold what was there
+
+	/*
+	 * Tell the image how long it took, in its device tree: a page that was
+	 * copied, or is in place, and that nobody verifies any more.
+	 */
+	ldr	x8, [x28, #KEXEC_ARGS_TIMING]
+	cbz	x8, 1f
+	add	x8, x8, x23
+	isb				// don't read the counter before the dsb
+	mrs	x1, cntvct_el0
+CPU_LE(	rev	x0, x29		)	// big-endian, as all of a device tree
+CPU_LE(	rev	x1, x1		)
+CPU_BE(	mov	x0, x29		)
+	ldp	x2, x3, [x28, #KEXEC_ARGS_TIMING_VALUES]
+	ldp	x4, x5, [x28, #KEXEC_ARGS_TIMING_VALUES + 16]
+	stp	x2, x3, [x8]
+	stp	x4, x5, [x8, #16]
+	stp	x0, x1, [x8, #32]
+	add	x1, x8, #KEXEC_TIMING_SIZE
+	dcache_by_myline_op_nosync civac, x8, x1, x24, x0
+	dsb	sy			// as above, for these lines
+1:	ic	iallu			// the I-cache may hold what was there
 	dsb	nsh			// complete before the next fetch
 	isb
 
@@ -316,7 +373,7 @@ SYM_CODE_END(kexec_corrupt)
  */
 SYM_CODE_START(kexec_fault)
 	mov	x12, x30
-	adr	x28, kexec_control_args
+	adr	x28, arm64_relocate_new_kernel + KEXEC_ARGS_OFFSET
 	mrs	x0, tpidrro_el0
 	add	x1, x0, #1
 	msr	tpidrro_el0, x1
@@ -513,9 +570,3 @@ SYM_CODE_END(kexec_putc)
 	/* Eight bytes each, in the order of the slots */
 SYM_DATA_LOCAL(kexec_vector_group, .ascii "sp0\0\0\0\0\0spx\0\0\0\0\0lower\0\0\0lower32\0")
 SYM_DATA_LOCAL(kexec_vector_kind, .ascii " sync\0\0\0 irq\0\0\0\0 fiq\0\0\0\0 serror\0")
-
-	/* struct kexec_control_args, filled in by machine_kexec_post_load() */
-	.balign	8
-SYM_DATA_START(kexec_control_args)
-	.skip	KEXEC_ARGS_SIZE
-SYM_DATA_END(kexec_control_args)

@@ -13,8 +13,9 @@
 #define KEXEC_DESTINATION_MEMORY_LIMIT	(-1UL)
 #define KEXEC_CONTROL_MEMORY_LIMIT	(-1UL)
 
-/* Code and its arguments, then vectors: see TRANS_PGD_VECTORS_OFFSET */
-#define KEXEC_CONTROL_PAGE_SIZE		4096
+/* Code, then vectors (see TRANS_PGD_VECTORS_OFFSET), then arguments */
+#define KEXEC_CONTROL_PAGE_SIZE		8192
+#define KEXEC_ARGS_OFFSET		4096
 
 #define KEXEC_ARCH			KEXEC_ARCH_AARCH64
 
@@ -114,7 +115,11 @@ int machine_kexec_post_load(struct kimage *image);
  * @dtb: device tree of a kexec_file_load() image, kvmalloc()ed
  * @dtb_mem: physical address that @dtb gets copied to; 0 for kexec_load(),
  *           where the image itself knows
+ * @bytes_to_move: size of what is not yet where it will be executed
+ * @bytes_in_place: size of the rest
  * @relocate: something has to be moved, so there is a control page
+ * @timing: physical address of struct kexec_timing_values in the device tree
+ *          that will be executed, or 0
  * @ttbr0: physical address of the table that maps the control page
  * @t0sz: TCR_EL1.T0SZ that @ttbr0 needs
  * @verify: @crc is valid and checked before and during execution
@@ -125,7 +130,10 @@ int machine_kexec_post_load(struct kimage *image);
 struct kimage_arch {
 	void *dtb;
 	phys_addr_t dtb_mem;
+	unsigned long bytes_to_move;
+	unsigned long bytes_in_place;
 	bool relocate;
+	phys_addr_t timing;
 	phys_addr_t ttbr0;
 	unsigned long t0sz;
 #ifdef CONFIG_ARM64_KEXEC_VERIFY
@@ -150,6 +158,24 @@ struct kexec_control_crc {
 };
 
 /**
+ * struct kexec_timing_values - when and how much, as the device tree has it
+ * @begin: the reboot call began, ticks of CNTVCT_EL0
+ * @shutdown: the system was shut down
+ * @copied: how much was not where it is executed, bytes
+ * @in_place: how much was, bytes
+ * @copy_start: the control page was entered
+ * @copy_end: all of the image is where it is executed, and clean to the PoC
+ */
+struct kexec_timing_values {
+	__be64 begin;
+	__be64 shutdown;
+	__be64 copied;
+	__be64 in_place;
+	__be64 copy_start;
+	__be64 copy_end;
+} __packed __aligned(4);
+
+/**
  * struct kexec_control_args - arguments of the code in the control page
  * @ttbr1: physical address of the transitional linear map
  * @reserved_ttbr1: physical address of a table without entries; it is the
@@ -160,6 +186,8 @@ struct kexec_control_crc {
  * @dtb_mem: physical address of its device tree, or 0
  * @el2: not 0 if EL2 has to be entered from EL1 by an HVC
  * @verify: not 0 if @list and @crc are valid
+ * @zva: size of the block that DC ZVA zeroes, bytes; 0 if it must not be used.
+ *       Follows @verify
  * @list_entries: number of entries in the kimage list, the last one included
  * @list: what these entries have to be; its segment has no meaning
  * @crc: the segments in the order of the list; follows @list
@@ -169,9 +197,11 @@ struct kexec_control_crc {
  * @uart_width: width of a register access, bytes
  * @psci: KEXEC_PSCI_SMC or KEXEC_PSCI_HVC, 0 if there is no PSCI
  * @panic_timeout: as it was when the image was executed
+ * @timing: physical address of where the values go once all is copied, or 0
+ * @timing_values: the values; the control page adds its own. Follows @timing
  *
- * They stand in the control page behind the code, which finds them relative to
- * its PC.
+ * They stand at KEXEC_ARGS_OFFSET in the control page, whose code finds them
+ * relative to its PC.
  */
 struct kexec_control_args {
 	u64 ttbr1;
@@ -182,6 +212,7 @@ struct kexec_control_args {
 	u64 dtb_mem;
 	u64 el2;
 	u64 verify;
+	u64 zva;
 	u64 list_entries;
 	struct kexec_control_crc list;
 	struct kexec_control_crc crc[16];
@@ -191,19 +222,43 @@ struct kexec_control_args {
 	u32 uart_width;
 	u32 psci;
 	s32 panic_timeout;
+	u64 timing;
+	struct kexec_timing_values timing_values;
 };
 
-extern char kexec_control_args[], kexec_fault[];
+extern char kexec_fault[];
 
 void kexec_report_init(struct kexec_control_args *args);
 
-#ifdef CONFIG_ARM64_KEXEC_VERIFY
-void kexec_verify_init(struct kimage *image, struct kexec_control_args *args);
 int machine_kexec_verify(const struct kimage *image);
 #define machine_kexec_verify machine_kexec_verify
+
+#ifdef CONFIG_ARM64_KEXEC_VERIFY
+void kexec_verify_init(struct kimage *image, struct kexec_control_args *args);
+int kexec_verify(const struct kimage *image);
 #else
 static inline void kexec_verify_init(struct kimage *image,
 				     struct kexec_control_args *args) { }
+static inline int kexec_verify(const struct kimage *image) { return 0; }
+#endif
+
+#ifdef CONFIG_KEXEC_FILE
+/* What struct kexec_timing takes in a device tree: value, name and header */
+#define KEXEC_TIMING_FDT_SIZE	128
+
+void kexec_timing_begin(void);
+int kexec_timing_add(const struct kimage *image, void *fdt);
+void kexec_timing_locate(struct kimage *image);
+void kexec_timing_leave(const struct kimage *image,
+			struct kexec_control_args *args);
+void kexec_timing_scan(void *fdt, phys_addr_t fdt_phys);
+void kexec_timing_report(void);
+#define kexec_timing_report kexec_timing_report
+#else
+static inline void kexec_timing_begin(void) { }
+static inline void kexec_timing_leave(const struct kimage *image,
+				      struct kexec_control_args *args) { }
+static inline void kexec_timing_scan(void *fdt, phys_addr_t fdt_phys) { }
 #endif
 
 #ifdef CONFIG_KEXEC_FILE

@@ -1,0 +1,244 @@
+"""`./kexec-lab bench`: this series and mainline in one run, counted and timed.
+
+Relocation is counted by a plugin of QEMU's (lab/plugin.py), from the entry to
+the control page to the entry to the image: the same numbers in every run. The
+call that loads is timed in the guest: emulated, so only its growth means
+anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Iterator
+
+from lab import base, build, cells, guest, host, lock, model, paths, plot, plugin, proc, qemu, say
+from lab.build import Built
+from lab.cells import Kernel
+from lab.errors import LabError
+from lab.gdb import Gdb, options
+from lab.guest import Guest
+from lab.handover import Loaded, count_tables, reserved_pages
+from lab.kload import MIB, Segment, call, file_statements, statements
+from lab.machine import Machine
+from lab.plugin import Counts
+from lab.stage import ARGS, enter, read_offsets, read_symbols
+
+REPORT = paths.OUT / "bench.json"
+KEPT = paths.ROOT / "bench"  # the committed copy
+
+OURS, MAINLINE = Kernel(4, 48), Kernel(4, 48, patched=False)
+
+# A CPU that was sold: its lines, and what DC ZVA zeroes, have 64 bytes.
+CELL = cells.CELLS["4k-va48-el1-a72"]
+
+# Relocation: one segment, in memory that the kernel does not take pages from while it has others.
+SIZES = (16, 64, 256, 512)  # MiB
+MEMORY = 8192  # MiB
+DESTINATION = 0x80000000
+FILL = 0x14  # an image of 0x14141414: a branch, and how the plugin knows it
+SCATTER = 4096  # MiB that single pages are made of
+PATIENCE = 300.0  # seconds for a relocation
+
+# Load
+MEMORIES = (512, 2048, 8192, 16384, 65536, 131072)  # MiB
+TIMES = 5
+PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Relocation:
+    """What moving `mib` MiB took."""
+
+    kernel: str
+    mib: int
+    verify: bool
+    scattered: bool
+    counts: Counts
+
+    @property
+    def lines(self) -> int:
+        return self.mib * MIB // 64
+
+
+@dataclass(frozen=True)
+class Load:
+    """What loading took on a machine with `memory` MiB. Pages are all that the image holds, tables among them.
+
+    `tables` is None where they cannot be told from the rest.
+    """
+
+    kernel: str
+    memory: int
+    loader: str
+    milliseconds: float
+    pages: int
+    tables: int | None
+
+
+def name(kernel: Kernel) -> str:
+    return "this series" if kernel.patched else "mainline"
+
+
+def relocate(built: Built, archives: Guest, mib: int, verify: bool, scattered: bool, *, zva: bool = True,
+             cell: cells.Cell = CELL, block: int = 64) -> Counts:
+    """Count one relocation; `zva` may DC ZVA be used, which zeroes `block` bytes on the CPU of `cell`?
+
+    Raises LabError if it does not come to its end.
+    """
+    cell = replace(cell, name=f"bench-{built.kernel.name}", kernel=built.kernel, memory=MEMORY, cpus=1, kaslr=False)
+    with tempfile.TemporaryDirectory(prefix="lab.") as folder:
+        out, socket = Path(folder) / "counts", Path(folder) / "gdb"
+        extra = [*plugin.options(plugin.entry(built), [FILL * 0x01010101], out, zva=block),
+                 *options(socket)]
+        with Machine(cell, built, archives, extra=extra, report=lambda text: None) as m:
+            m.hello()
+            request = statements([Segment(DESTINATION, mib * MIB, f"fill {FILL} {mib * MIB}")])
+            answer = call(m, request + (f"\nscatter {SCATTER}" if scattered else ""))
+            if answer != "0":
+                raise LabError(f"{mib} MiB can't be loaded: {answer}", str(m.console))
+            leave = "(sleep 0.3; exec kexec -e) >/dev/null 2>&1 &"
+            off = (["VERIFY"] if not verify else []) + (["ZVA"] if not zva else [])
+            if built.kernel.patched and off:
+                _without(off, m, built, socket, leave)
+            else:
+                m.sh(leave)
+            end = time.monotonic() + PATIENCE
+            while not plugin.read(out):
+                m.heard(0.1)
+                if m.ended() or time.monotonic() > end:
+                    raise LabError(f"{name(built.kernel)} does not finish with {mib} MiB", str(m.console))
+        (counts,) = plugin.read(out)
+    return counts
+
+
+def _without(members: list[str], m: Machine, built: Built, socket: Path, leave: str) -> None:
+    """Leave, and set members of the arguments to 0 at the entry to the control page."""
+    machine_kexec = read_symbols(built.vmlinux)["machine_kexec"]
+    offsets = read_offsets(built.objdir / "include/generated/asm-offsets.h")
+    with Gdb(socket) as gdb:
+        gdb.set_break(machine_kexec)
+        gdb.resume()
+        m.sh(leave)
+        if not gdb.wait(PATIENCE):
+            raise LabError("the guest does not come to machine_kexec()", str(m.console))
+        gdb.clear_break(machine_kexec)
+        control = enter(gdb, machine_kexec, str(m.console))
+        for member in members:
+            gdb.write(control + ARGS + offsets[f"KEXEC_ARGS_{member}"], bytes(8))
+        gdb.resume()
+
+
+def relocations(kernels: list[Built], archives: Guest, sizes: tuple[int, ...] = SIZES) -> Iterator[Relocation]:
+    """Every relocation, the kernels in turn."""
+    for mib in sizes:
+        for scattered in (False, True):
+            for built in kernels:
+                for verify in (False, True) if built.kernel.patched else (False,):
+                    one = Relocation(name(built.kernel), mib, verify, scattered,
+                                     relocate(built, archives, mib, verify, scattered))
+                    say.info(f"   {one.kernel}, {mib} MiB{', verified' * verify}{', scattered' * scattered}: "
+                             f"{one.counts.instructions / one.lines:.2f} instructions per line")
+                    yield one
+
+
+def loads(built: Built, archives: Guest, memory: int) -> Iterator[Load]:
+    """Both loaders on one machine, TIMES times each."""
+    cell = replace(CELL, name=f"bench-{built.kernel.name}-{memory}", kernel=built.kernel, memory=memory)
+    with Machine(cell, built, archives, report=lambda text: None) as m:
+        m.hello()
+        m.sh("fetch", timeout=300)
+
+        def segment(at: int, path: Path) -> Segment:
+            return Segment(at, -(-path.stat().st_size // MIB) * MIB, f"file /next/{path.name}")
+
+        at = qemu.RAM_BASE + 256 * MIB
+        image = replace(segment(at, built.image), contents="file /next/Image")
+        initrd = replace(segment(image.end, archives.next), contents="file /next/initrd")
+        requests = {"load": statements([image, initrd]), "file": file_statements("/next/Image", "/next/initrd")}
+        before = reserved_pages(m)
+        for loader, request in requests.items():
+            taken = []
+            for _ in range(TIMES):
+                error, nanoseconds = call(m, request + "\ntime").split()
+                if error != "0":
+                    raise LabError(f"{loader} at {memory} MiB: {error}", str(m.console))
+                taken.append(int(nanoseconds))
+            held = reserved_pages(m) - before
+            loaded = Loaded(((image.mem, image.memsz), (initrd.mem, initrd.memsz)), None, None, None)
+            tables = count_tables(m, loaded, held) if loader == "load" else None
+            one = Load(name(built.kernel), memory, loader, statistics.median(taken) / 1e6, held, tables)
+            say.info(f"   {one}")
+            yield one
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run all of it, print tables, leave out/bench.json and plots. Raises LabError."""
+    host.require("base", "build", "boot", "plot")
+    with lock.held(paths.OUT_LOCK, "this checkout's out/"):
+        source = base.source(args.kernel_src)
+        kernels = [build.build(kernel, source) for kernel in (OURS, MAINLINE)]
+        archives = guest.build()
+        with say.phase("counting relocations"):
+            counted = list(relocations(kernels, archives))
+        with say.phase("timing loads"):
+            timed = [one for memory in MEMORIES for built in kernels for one in loads(built, archives, memory)]
+        text = "\n\n".join([relocation_table(counted), load_table(timed), model.table(counted)])
+        report = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "base": source.package or source.version,
+                  "relocation": [asdict(one) for one in counted], "load": [asdict(one) for one in timed]}
+        paths.OUT.mkdir(exist_ok=True)
+        REPORT.write_text(json.dumps(report, indent=1) + "\n")
+        (paths.OUT / "bench.txt").write_text(f"{report['date']}, {report['machine']}\n\n{text}\n")
+        plot.bench(counted, timed, paths.OUT)
+        print(text)
+        if args.keep:
+            KEPT.mkdir(exist_ok=True)
+            for path in paths.OUT.glob("bench*"):
+                shutil.copy(path, KEPT / path.name)
+            say.info(f"kept in {KEPT.relative_to(paths.ROOT)}/")
+    return 0
+
+
+def machine() -> str:
+    """What this runs on, in words."""
+    version = proc.run([qemu.QEMU, "--version"]).stdout.decode().split("\n")[0]
+    return f"{platform.machine()}, {os.cpu_count()} CPUs, {version}"
+
+
+def columns(rows: list[tuple[str, ...]]) -> str:
+    """Rows as a table, the first of them its head, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))])
+                     for row in rows)
+
+
+def relocation_table(counted: list[Relocation]) -> str:
+    """What a line of 64 bytes takes, and what a relocation does."""
+    rows = [("RELOCATION", "MIB", "PAGES", "INSNS/LINE", "LOADS", "STORES", "UNCACHED", "FETCHED/MIB", "DC ZVA",
+             "CIVAC", "PREFETCH", "BARRIERS", "TLBI", "IC")]
+    for one in counted:
+        c = one.counts
+        rows.append((one.kernel + (", verified" if one.verify else ""), str(one.mib),
+                     "single" if one.scattered else "as they come", f"{c.instructions / one.lines:.2f}",
+                     str(c.loads_cacheable), str(c.stores_cacheable), str(c.loads_uncached + c.stores_uncached),
+                     f"{c.lines_fetched / one.mib:.0f}", str(c.classes["dc_zva"]), str(c.classes["dc_civac"]),
+                     str(c.classes["prefetch"]), str(c.barriers), str(c.classes["tlbi"]),
+                     str(c.classes["ic_iallu"] + c.classes["ic_other"])))
+    return columns(rows)
+
+
+def load_table(timed: list[Load]) -> str:
+    """What is held between load and execution, and how long the call takes."""
+    rows = [("LOAD", "MEMORY MIB", "LOADER", "MS", "HELD PAGES", "TABLE PAGES", "TABLE BYTES")]
+    for one in timed:
+        tables = ("-", "-") if one.tables is None else (str(one.tables), str(one.tables * PAGE))
+        rows.append((one.kernel, str(one.memory), one.loader, f"{one.milliseconds:.0f}", str(one.pages), *tables))
+    return columns(rows)

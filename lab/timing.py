@@ -1,0 +1,62 @@
+"""What a kernel says about how long the kexec took that started it, and the property it knows that from."""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import astuple, dataclass
+
+from lab.machine import Machine
+
+PROPERTY = "linux,kexec-timing"
+VERSION = 1
+TABLE = "/tmp/debug/kexec_timing"  # in the guest, after DEBUGFS
+
+DEBUGFS = "mkdir -p /tmp/debug; grep -q ' /tmp/debug ' /proc/mounts || mount -t debugfs debugfs /tmp/debug"
+LINE = re.compile(r"kexec: shutdown ([\d.]+) ms, copied ([\d.]+) MiB in ([\d.]+) ms, startup ([\d.]+) ms")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The line that a kernel prints: milliseconds, and MiB with one decimal."""
+
+    shutdown_ms: float
+    copied_mib: float
+    copy_ms: float
+    startup_ms: float
+
+    @property
+    def seconds(self) -> float:
+        """From the reboot call to the start of init."""
+        return (self.shutdown_ms + self.copy_ms + self.startup_ms) / 1000
+
+
+@dataclass(frozen=True)
+class Property:
+    """The value of PROPERTY. Times in ticks of the counter, sizes in bytes; by default one that a kernel believes."""
+
+    fdt: int
+    version: int = VERSION
+    frequency: int = 62_500_000  # what QEMU's machines have, Hz
+    begin: int = 1
+    shutdown: int = 6251
+    copied: int = 24_536_678
+    in_place: int = 4096
+    copy_start: int = 6252
+    copy_end: int = 18751
+
+    def value(self) -> bytes:
+        """As the device tree has it."""
+        fdt, version, frequency, *rest = astuple(self)
+        return struct.pack(">9Q", version, frequency, fdt, *rest)
+
+
+def find(console: str) -> list[Timing]:
+    """The lines on a console, in order."""
+    return [Timing(*map(float, match.groups())) for match in LINE.finditer(console)]
+
+
+def table(m: Machine) -> dict[str, int]:
+    """The same from the running kernel's debugfs, in microseconds and bytes; empty if there is none."""
+    text = m.sh(f"{DEBUGFS}; [ ! -e {TABLE} ] || cat {TABLE}")
+    return {name: int(value) for name, value, _ in map(str.split, text.splitlines())}

@@ -1,0 +1,138 @@
+"""What bench counts is exact, and within what the copy loop is to take."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conftest import Lab
+from lab import bench, host, plugin, proc, qemu
+from lab.cells import DEFAULT, Cell
+from lab.plugin import Counts
+
+pytestmark = pytest.mark.bench
+
+MIB = 1 << 20
+AT = 0x40200000
+TURNS = 1000
+LOOP = f"""
+start:	mov	x6, #3 << 20			// q0 may be used
+	msr	cpacr_el1, x6
+	isb
+	ldr	x6, ={AT + 4096:#x}
+	br	x6
+	.ltorg
+	.balign 4096
+enter:	mov	x9, #77
+	ldr	x8, =0x41000000
+	mov	x2, #{TURNS}
+	dsb	sy
+	dmb	ish
+	isb
+1:	ldp	x0, x1, [x8]			// 12 in the loop
+	ldrb	w3, [x8, #1]
+	prfm	pldl1strm, [x8, #512]
+	stp	x0, x1, [x8]			// two lines
+	str	q0, [x8, #64]
+	dc	civac, x8
+	dc	cvac, x8
+	crc32cx	w4, w4, x0
+	add	x8, x8, #128
+	mrs	x5, ctr_el0
+	subs	x2, x2, #1
+	b.ne	1b
+	add	x9, x8, #256
+	dc	zva, x9				// 512 bytes, and stores to 3 of its 8 lines
+	stp	x0, x1, [x9]
+	str	x0, [x9, #64]
+	str	x0, [x9, #128]
+	tlbi	vmalle1
+	ic	iallu
+	ldr	x7, =0x09000000			// the UART
+	ldr	w0, [x7, #24]
+	msr	sctlr_el1, x5
+	ldr	x5, ={AT + 8192:#x}
+	br	x5
+	.ltorg
+	.balign 4096
+leave:	mov	x11, #99
+2:	wfi
+	b	2b
+"""
+
+
+def count_loop(folder: Path) -> Counts:
+    """Have the plugin count LOOP."""
+    (folder / "loop.S").write_text(LOOP)
+    proc.run([f"{host.CROSS_COMPILE}as", "-march=armv8-a+crc", "-o", folder / "loop.o", folder / "loop.S"])
+    proc.run([f"{host.CROSS_COMPILE}objcopy", "-O", "binary", folder / "loop.o", folder / "loop"])
+    code = (folder / "loop").read_bytes()
+    first, last = struct.unpack_from("<2I", code, 4096), struct.unpack_from("<I", code, 8192)
+    out = folder / "counts"
+    command = [qemu.QEMU, "-machine", "virt", "-cpu", "max", "-m", "64", "-nodefaults", "-display", "none",
+               "-serial", "null", "-device", f"loader,file={folder / 'loop'},addr={AT:#x},cpu-num=0,force-raw=on",
+               *plugin.options(first, last, out, zva=512)]
+    with subprocess.Popen(command, preexec_fn=proc.die_with_parent) as machine:
+        end = time.monotonic() + 30
+        while not plugin.read(out) and time.monotonic() < end:
+            time.sleep(0.05)
+        machine.kill()
+    (counts,) = plugin.read(out)
+    return counts
+
+
+def test_arithmetic(tmp_path: Path) -> None:
+    """A loop whose every instruction is known."""
+    c = count_loop(tmp_path)
+    assert c.classes == {
+        "load": 2 * TURNS + 4, "store": 2 * TURNS + 3, "prefetch": TURNS, "crc": TURNS, "data": 2 * TURNS + 3,
+        "branch": TURNS + 1, "system": TURNS + 1, "dc_zva": 1, "dc_civac": TURNS, "dc_cvac": TURNS, "dc_cvau": 0,
+        "dc_ivac": 0, "dc_other": 0, "ic_iallu": 1, "ic_other": 0, "tlbi": 1, "dsb": 1, "dmb": 1, "isb": 1}
+    assert c.instructions == sum(c.classes.values()) == 12 * TURNS + 18
+    assert c.barriers == 3 and c.device == 1
+    # The last load stands behind the instruction that writes to SCTLR_EL1.
+    assert (c.loads_cacheable, c.loads_uncached) == (2 * TURNS + 3, 1)
+    assert (c.stores_cacheable, c.stores_uncached) == (2 * TURNS + 3, 0)
+    assert (c.bytes_loaded, c.bytes_stored) == (17 * TURNS + 24, 32 * TURNS + 32)
+    assert (c.lines_fetched, c.lines_owned, c.zeroed_rest) == (2 * TURNS, 3, 512 - 3 * 64)
+
+
+@pytest.mark.cells(replace(bench.CELL, name="4k-va48-el1-bench"))
+def test_relocation(cell: Cell, lab: Lab) -> None:
+    """The figures that the copy loop is to reach, the same twice, and with it every line accounted for."""
+    assert lab.guest
+    built = lab.kernels[cell.kernel]
+    mib = 16
+    lines = mib * MIB // 64
+    for verify, limit in ((False, 16), (True, 26)):
+        c = bench.relocate(built, lab.guest, mib, verify, False)
+        lab.report(f"   {'verified' if verify else 'not verified'}: {c.instructions / lines:.2f} per line, {c}")
+        if verify:
+            assert c == bench.relocate(built, lab.guest, mib, verify, False)
+        assert c.instructions == sum(c.classes.values())
+        assert c.instructions <= limit * lines
+        assert c.lines_fetched == 0 and c.lines_owned == lines and c.zeroed_rest == 0
+        assert c.bytes_stored == mib * MIB and c.loads_uncached == c.stores_uncached == c.device == 0
+        assert c.classes["dc_zva"] == c.classes["dc_civac"] == c.classes["prefetch"] == lines
+        assert c.barriers < 16 and c.classes["tlbi"] == 1
+        assert (c.classes["crc"] > 8 * lines) if verify else (c.classes["crc"] == 0)
+
+
+@pytest.mark.cells(replace(DEFAULT, name="4k-va48-vhe-bench"))
+def test_other_blocks(cell: Cell, lab: Lab) -> None:
+    """DC ZVA zeroes 512 bytes on this CPU; and where it may not be used every line is stored to all the same."""
+    assert lab.guest
+    built = lab.kernels[cell.kernel]
+    mib = 16
+    lines = mib * MIB // 64
+    c = bench.relocate(built, lab.guest, mib, True, False, cell=cell, block=512)
+    assert c.classes["dc_zva"] == lines // 8
+    assert (c.lines_fetched, c.lines_owned, c.zeroed_rest) == (0, lines, 0)
+    c = bench.relocate(built, lab.guest, mib, True, True, cell=cell, zva=False)
+    assert c.classes["dc_zva"] == 0
+    assert (c.lines_fetched, c.lines_owned, c.bytes_stored) == (lines, 0, mib * MIB)
