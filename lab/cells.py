@@ -51,7 +51,12 @@ class Cell:
     kaslr: bool = True
     append: tuple[str, ...] = ()  # kernel parameters beyond those the fields stand for
     holes: bool = False  # reserved-memory nodes with no-map in odd places
+    its: bool | None = None  # a GICv3 ITS; None: only with our kernels, as mainline may hang after a handover
     core: bool = False  # part of a plain `check`
+
+    @property
+    def has_its(self) -> bool:
+        return self.kernel.patched if self.its is None else self.its
 
 
 K4_39, K4_48, K4_52 = (Kernel(4, va) for va in VA_BITS[4])
