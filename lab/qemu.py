@@ -11,6 +11,7 @@ from lab.cells import Cell
 from lab.errors import UsageError
 
 QEMU = "qemu-system-aarch64"
+FIRMWARE = "/usr/share/qemu-efi-aarch64/QEMU_EFI.fd"
 RAM_BASE = 0x40000000
 MIB = 1 << 20
 PORT = "lab"  # name of the virtio-serial port that the guest's init looks for
@@ -44,6 +45,7 @@ def machine(cell: Cell, accel: str) -> list[str]:
             "-accel", accel,
             "-cpu", "host" if accel == "kvm" else cell.cpu,
             "-smp", str(cell.cpus),
+            *(["-bios", FIRMWARE] if cell.efi else []),
             "-nodefaults", "-display", "none", "-no-reboot"]
 
 
