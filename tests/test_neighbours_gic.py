@@ -22,7 +22,7 @@ from lab.stage import read_symbols
 
 pytestmark = pytest.mark.neighbours
 
-ON = tuple(CELLS[name] for name in ("4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1", "64k-va52-vhe"))
+ON = tuple(CELLS[name] for name in ("4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1-a72", "64k-va52-vhe"))
 KDUMP = (kdump.machine_for(DEFAULT), kdump.machine_for(CELLS["64k-va52-el1"]))
 BASE = replace(DEFAULT, name="4k-va48-vhe-its-base", kernel=KERNELS["4k-va48-base"], its=True, core=False)
 PLAIN = replace(DEFAULT, name="4k-va48-vhe-nokaslr", kaslr=False)  # to find functions by their address
