@@ -27,14 +27,14 @@ class Kernel:
 
     pages: int
     va: int
-    flavour: str = "lab"  # or "debug"
+    flavour: str = "lab"  # or "debug", "efi"
     patched: bool = True
 
     @property
     def name(self) -> str:
-        debug = "-debug" if self.flavour == "debug" else ""
+        flavour = "" if self.flavour == "lab" else f"-{self.flavour}"
         base = "" if self.patched else "-base"
-        return f"{self.pages}k-va{self.va}{debug}{base}"
+        return f"{self.pages}k-va{self.va}{flavour}{base}"
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,20 @@ class Cell:
     holes: bool = False  # reserved-memory nodes with no-map in odd places
     uart: tuple[int, int] | None = None  # stdout-path names a 16550, in memory, with this reg-shift and reg-io-width
     spin_table: int = 0  # CPUs, the last ones, that the device tree has started by spin-table: QEMU never does
+    efi: bool = False  # booted by UEFI firmware, with ACPI instead of a device tree
+    its: bool | None = None  # a GICv3 ITS; None: only with our kernels, as mainline may hang after a handover
     core: bool = False  # part of a plain `check`
+
+    @property
+    def has_its(self) -> bool:
+        return self.kernel.patched if self.its is None else self.its
 
 
 K4_39, K4_48, K4_52 = (Kernel(4, va) for va in VA_BITS[4])
 K16_47, K16_52 = (Kernel(16, va) for va in VA_BITS[16])
 K64_42, K64_48, K64_52 = (Kernel(64, va) for va in VA_BITS[64])
 DEBUG = Kernel(4, 48, flavour="debug")
+EFI = Kernel(4, 48, flavour="efi")
 
 MIB512, MIB1537, GIB2, GIB16, GIB64 = 512, 1537, 2048, 16384, 65536
 
@@ -132,6 +139,10 @@ def _all() -> list[Cell]:
         _cell(K4_48, "vhe", "cma", append=("cma=256M",), core=True),
         _cell(K64_52, "nvhe", "cma", append=("cma=512M",), core=True),
         _cell(K16_52, "el1", "cma", append=("cma=256M",)),
+        # Firmware as servers and clouds have it.
+        _cell(EFI, "vhe", efi=True),
+        _cell(EFI, "nvhe", efi=True, cpus=4),
+        _cell(EFI, "el1", efi=True, cpu=A57),
         # lockdep, DEBUG_PAGEALLOC, DEBUG_VIRTUAL, KFENCE, UBSAN; a warning is a panic.
         _cell(DEBUG, "vhe", append=("panic_on_warn=1",)),
         _cell(DEBUG, "el1", cpu=A57, kaslr=False, append=("panic_on_warn=1",)),

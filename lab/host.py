@@ -36,7 +36,7 @@ FEATURES: dict[str, Feature] = {
     "base": Feature(("git", "tar", "xz-utils"), ("git", "tar", "xz")),
     "build": Feature(("gcc", "libc6-dev", *_CROSS, "make", "bison", "flex", "bc", "perl", "ccache"),
                      (CROSS_COMPILE + "gcc", "gcc", "make", "bison", "flex", "bc", "perl", "ccache")),
-    "boot": Feature(("qemu-system-arm", "qemu-utils"), ("qemu-system-aarch64", "qemu-img")),
+    "boot": Feature(("qemu-system-arm", "qemu-utils", "qemu-efi-aarch64"), ("qemu-system-aarch64", "qemu-img")),
     "test": Feature(("python3-pytest", "python3-pytest-timeout", "python3-pytest-xdist"), ()),
     "plot": Feature(("gnuplot-nox",), ("gnuplot",)),
     "lint": Feature(("sparse", "perl", "patch"), ("sparse", "perl", "patch")),

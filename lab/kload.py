@@ -26,6 +26,9 @@ TRAMPOLINE = struct.pack("<8I",
                          0xD503201F, 0xD503201F)  # nop, and then two addresses
 TRAMPOLINE_SIZE = 64  # bytes, keeps what follows aligned
 
+# Further properties of /chosen, in a device tree at a physical address
+Chosen = Callable[[int], dict[str, bytes]]
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -124,7 +127,35 @@ def device_tree(m: Machine, initrd_start: int, initrd_end: int, chosen: dict[str
     return fdt.flatten(tree)
 
 
-def load_over_running_kernel(m: Machine, chosen: Callable[[int], dict[str, bytes]] = lambda at: {}) -> list[Segment]:
+def pages_of(m: Machine, size: int) -> int:
+    """`size` in bytes, up to the next page of the kernel."""
+    page = m.boot.cell.kernel.pages * 1024
+    return -(-size // page) * page
+
+
+def kernel_and_initrd(m: Machine, kernel_at: int, initrd_at: int | None = None) -> tuple[Segment, Segment]:
+    """The next kernel's Image and initrd; the latter behind the Image if it is not told where."""
+    m.sh("fetch", timeout=300)
+    with open(m.boot.next_image, "rb") as image:
+        image_size = struct.unpack_from("<Q", image.read(64), IMAGE_SIZE)[0]
+    kernel = Segment(kernel_at, pages_of(m, image_size), "file /next/Image")
+    size = pages_of(m, m.guest.next.stat().st_size)
+    return kernel, Segment(kernel.end if initrd_at is None else initrd_at, size, "file /next/initrd")
+
+
+def tree_before(m: Machine, kernel: Segment, initrd: Segment, end: int, chosen: Chosen = lambda at: {}) -> Segment:
+    """The next kernel's device tree, behind code that enters that kernel, in the last pages before `end`."""
+    def tree(at: int) -> bytes:
+        return device_tree(m, initrd.mem, initrd.mem + m.guest.next.stat().st_size, chosen(at))
+
+    size = pages_of(m, TRAMPOLINE_SIZE + len(tree(0)))
+    at = end - size + TRAMPOLINE_SIZE
+    code = TRAMPOLINE + struct.pack("<2Q", at, kernel.mem)
+    m.put("/tmp/dtb", code.ljust(TRAMPOLINE_SIZE, b"\0") + tree(at))
+    return Segment(end - size, size, "file /tmp/dtb")
+
+
+def load_over_running_kernel(m: Machine, chosen: Chosen = lambda at: {}) -> list[Segment]:
     """Load the next kernel onto everything that the running one uses.
 
     The Image goes where the running one is, with the initrd behind it; segments
@@ -133,31 +164,14 @@ def load_over_running_kernel(m: Machine, chosen: Callable[[int], dict[str, bytes
     an address. Returns the segments. Raises AssertionError if the kernel
     refuses them.
     """
-    m.sh("fetch", timeout=300)
     used = used_ranges(m)
-    page = m.boot.cell.kernel.pages * 1024
-
-    def aligned(size: int) -> int:
-        return -(-size // page) * page
-
-    with open(m.built.image, "rb") as image:
-        image_size = struct.unpack_from("<Q", image.read(64), IMAGE_SIZE)[0]
-    kernel = Segment(kernel_base(m), aligned(image_size), "file /next/Image")
-    initrd_size = m.guest.next.stat().st_size
-    initrd = Segment(kernel.end, aligned(initrd_size), "file /next/initrd")
+    kernel, initrd = kernel_and_initrd(m, kernel_base(m))
     gap = MIB
     while len(merge(used, gap)) > MAX_RANGES:
         gap *= 2
     rest = subtract(merge(used, gap), [(kernel.mem, kernel.end), (initrd.mem, initrd.end)])
-
     # The device tree takes the place of something, too: the end of the last.
-    size = aligned(TRAMPOLINE_SIZE + len(device_tree(m, initrd.mem, initrd.mem + initrd_size, chosen(0))))
-    dtb_at = rest[-1][1] - size
-    tree = device_tree(m, initrd.mem, initrd.mem + initrd_size, chosen(dtb_at + TRAMPOLINE_SIZE))
-    code = TRAMPOLINE + struct.pack("<2Q", dtb_at + TRAMPOLINE_SIZE, kernel.mem)
-    blob = code.ljust(TRAMPOLINE_SIZE, b"\0") + tree
-    m.put("/tmp/dtb", blob)
-    dtb = Segment(dtb_at, size, "file /tmp/dtb")
+    dtb = tree_before(m, kernel, initrd, rest[-1][1], chosen)
     zeros = [Segment(start, end - start) for start, end in subtract(rest, [(dtb.mem, dtb.end)])]
     # What the next kernel cannot do without comes last, down to its last page.
     segments = [kernel, initrd, *zeros, dtb]

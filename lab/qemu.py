@@ -11,6 +11,7 @@ from lab.cells import Cell
 from lab.errors import UsageError
 
 QEMU = "qemu-system-aarch64"
+FIRMWARE = "/usr/share/qemu-efi-aarch64/QEMU_EFI.fd"
 RAM_BASE = 0x40000000
 MIB = 1 << 20
 PORT = "lab"  # name of the virtio-serial port that the guest's init looks for
@@ -30,23 +31,21 @@ class Boot:
 
 
 def machine(cell: Cell, accel: str) -> list[str]:
-    """CPUs and memory. Raises UsageError where KVM cannot do what the cell is about.
-
-    Without an ITS: booted without EFI, a second kernel takes the first one's
-    LPI tables for its own even where its own image lies on them, and wipes them.
-    """
+    """CPUs and memory. Raises UsageError where KVM cannot do what the cell is about."""
     if accel == "kvm" and cell.el != "el1":
         raise UsageError(f"{cell.name} needs a guest with EL2, which KVM does not give it",
                          "leave out --accel kvm, or take one of the el1 cells")
     el2 = ",virtualization=on" if cell.el != "el1" else ""
+    its = "" if cell.has_its else ",its=off"
     # kexec-tools refuses to load when the seed for KASLR has been left unused.
     seed = "" if cell.kaslr else ",dtb-randomness=off"
-    return ["-machine", f"virt,gic-version=3,its=off{el2}{seed},memory-backend=ram",
+    return ["-machine", f"virt,gic-version=3{its}{el2}{seed},memory-backend=ram",
             "-object", f"memory-backend-ram,id=ram,size={cell.memory}M,reserve=off",
             "-m", f"{cell.memory}M",
             "-accel", accel,
             "-cpu", "host" if accel == "kvm" else cell.cpu,
             "-smp", str(cell.cpus),
+            *(["-bios", FIRMWARE] if cell.efi else []),
             "-nodefaults", "-display", "none", "-no-reboot"]
 
 
