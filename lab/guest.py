@@ -29,7 +29,7 @@ TOOLS = ("kload", "kpages", "pattern")
 CFLAGS = ("-static", "-O2", "-Wall", "-Wextra", "-Werror")
 # Busybox commands; those that nothing here uses are for people in `shell`.
 APPLETS = """
-    [ awk base64 cat chmod chvt clear cmp cp cttyhack cut date dd df dmesg du echo env expr false find free
+    [ awk base64 basename cat chmod chvt clear cmp cp cttyhack cut date dd df dirname dmesg du echo env expr false find free
     grep gzip head hexdump id insmod kill killall less ln ls mkdir mknod mkswap mount mv nproc od poweroff printf ps
     pwd reboot rm sed seq setsid sh sha256sum sleep sort stat swapoff swapon sync tail tar test top touch tr true
     truncate umount uname uniq uptime vi wc which xxd
