@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-# kexec tests for arm64, see arm64/README.rst
+# kexec tests for arm64, see Documentation/arch/arm64/kexec.rst
 
 TEST_GEN_PROGS := test_kexec_arguments
 TEST_GEN_PROGS_EXTENDED := kexec_inspect

@@ -378,13 +378,13 @@ static bool check_range(const struct inspector_range *r, bool show)
 	return !words;
 }
 
-static void check_ranges(enum inspector_kind kind, const char *what)
+static void check_ranges(enum inspector_kind kind, bool known, const char *what)
 {
 	const struct inspector_args *a = &inspector_args;
 	unsigned int i, bad = 0, looked_at = 0;
 	uint64_t bytes = 0;
 
-	for (i = 0; i < a->nr_ranges; i++) {
+	for (i = 0; known && i < a->nr_ranges; i++) {
 		const struct inspector_range *r = &a->ranges[i];
 
 		if (r->kind != kind)
@@ -395,7 +395,7 @@ static void check_ranges(enum inspector_kind kind, const char *what)
 			bad++;
 	}
 	if (!looked_at) {
-		skip(what, "there are none");
+		skip(what, known ? "there is none" : "it does not know which");
 		return;
 	}
 	put("# ");
@@ -412,6 +412,8 @@ static void check_ranges(enum inspector_kind kind, const char *what)
 void inspect(const struct entry_state *s);
 void inspect(const struct entry_state *s)
 {
+	bool memory;
+
 	if (inspector_args.magic != INSPECTOR_MAGIC)
 		return;		/* it can't tell where to report that */
 	number = failed = exceptions = 0;
@@ -423,10 +425,9 @@ void inspect(const struct entry_state *s)
 	check_registers(s);
 	check_timer();
 	check_gic();
-	if (check_args()) {
-		check_ranges(INSPECT_SELF, "the inspector itself is whole");
-		check_ranges(INSPECT_DESTINATION, "destinations hold what was sent");
-		check_ranges(INSPECT_WATCHED, "watched memory is untouched");
-	}
+	memory = check_args();
+	check_ranges(INSPECT_SELF, memory, "the inspector itself is whole");
+	check_ranges(INSPECT_DESTINATION, memory, "destinations hold what was sent");
+	check_ranges(INSPECT_WATCHED, memory, "watched memory is untouched");
 	end();
 }

@@ -4,6 +4,10 @@
  */
 #include "inspector.h"
 
+#define SCTLR_M		(1 << 0)
+#define SCTLR_C		(1 << 2)
+#define SCTLR_EE	(1 << 25)
+
 	.macro	addr_of, reg, symbol
 	adrp	\reg, \symbol
 	add	\reg, \reg, :lo12:\symbol
@@ -23,33 +27,43 @@ _start:
 
 /*
  * Everything is as whoever left found fit, SP included: it is not used before
- * it is set. Any register but x0 to x3 is scratch.
+ * it is set. Any register but x0 to x3 is scratch. What would be in the way of
+ * a report is put right once it is known: exceptions that are not masked, MMU,
+ * D-cache and endianness.
+ *
+ *  x4	struct entry_state
+ *  x5	SCTLR, x6 HCR_EL2 or 0, x7 CurrentEL, x8 DAIF
  */
-1:	addr_of	x4, entry_state
-	stp	x0, x1, [x4]
-	stp	x2, x3, [x4, #16]
-	mov	x5, sp
-	mrs	x6, CurrentEL
-	stp	x5, x6, [x4, #32]
-	mrs	x5, daif
-	mrs	x6, spsel
-	stp	x5, x6, [x4, #48]
-	msr	daifset, #15		// no matter how it was
+1:	mrs	x8, daif
+	msr	daifset, #15
 	mrs	x7, CurrentEL
-	addr_of	x8, inspector_vectors
+	mov	x9, #SCTLR_M | SCTLR_C
+	orr	x9, x9, #SCTLR_EE
+	addr_of	x4, inspector_vectors
 	cmp	x7, #2 << 2
 	b.eq	2f
 	mrs	x5, sctlr_el1
 	mov	x6, xzr
-	msr	vbar_el1, x8
+	bic	x9, x5, x9
+	msr	sctlr_el1, x9
+	msr	vbar_el1, x4
 	b	3f
 2:	mrs	x5, sctlr_el2
 	mrs	x6, hcr_el2
-	msr	vbar_el2, x8
-3:	isb				// no exception may find other vectors
+	bic	x9, x5, x9
+	msr	sctlr_el2, x9
+	msr	vbar_el2, x4
+3:	isb				// before any access, and any exception
+	addr_of	x4, entry_state
+	stp	x0, x1, [x4]
+	stp	x2, x3, [x4, #16]
+	mov	x9, sp
+	stp	x9, x7, [x4, #32]
+	mrs	x9, spsel
+	stp	x8, x9, [x4, #48]
+	stp	x5, x6, [x4, #64]
 	mrs	x7, isr_el1
 	adr	x8, _start
-	stp	x5, x6, [x4, #64]
 	stp	x7, x8, [x4, #80]
 	msr	spsel, #1
 	addr_of	x5, inspector_stack + INSPECTOR_STACK
