@@ -102,7 +102,7 @@ def relocate(built: Built, archives: Guest, mib: int, verify: bool, scattered: b
         with Machine(cell, built, archives, extra=extra, report=lambda text: None) as m:
             m.hello()
             request = statements([Segment(DESTINATION, mib * MIB, f"fill {FILL} {mib * MIB}")])
-            answer = call(m, request + (f"\nscatter {SCATTER}" if scattered else ""))
+            answer = call(m, request + (f"\nfragment {SCATTER * MIB}" if scattered else ""))
             if answer != "0":
                 raise LabError(f"{mib} MiB can't be loaded: {answer}", str(m.console))
             leave = "(sleep 0.3; exec kexec -e) >/dev/null 2>&1 &"

@@ -25,11 +25,13 @@ PAYLOAD = 32 << 20  # bytes
 SEED = b"kexec-lab payload"
 
 SCRIPTS = {"init": "init", "hello.awk": "hello.awk", "fetch": "bin/fetch", "motd": "etc/motd"}
-TOOLS = ("kload", "kpages", "pattern")
+SELFTESTS = paths.ROOT / "tools/testing/selftests/kexec/arm64"
+# kload is the loader that lives in the tree, linked with a whole libc.
+TOOLS = {"kload": SELFTESTS / "inspect.c", "kpages": SOURCES / "kpages.c", "pattern": SOURCES / "pattern.c"}
 CFLAGS = ("-static", "-O2", "-Wall", "-Wextra", "-Werror")
 # Busybox commands; those that nothing here uses are for people in `shell`.
 APPLETS = """
-    [ awk base64 cat chmod chvt clear cmp cp cttyhack cut date dd df dmesg du echo env expr false find free
+    [ awk base64 basename cat chmod chvt clear cmp cp cttyhack cut date dd df dirname dmesg du echo env expr false find free
     grep gzip head hexdump id insmod kill killall less ln ls mkdir mknod mkswap mount mv nproc od poweroff printf ps
     pwd reboot rm sed seq setsid sh sha256sum sleep sort stat swapoff swapon sync tail tar test top touch tr true
     truncate umount uname uniq uptime vi wc which xxd
@@ -93,7 +95,7 @@ def _key(debs: Iterable[Path]) -> str:
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for deb in sorted(debs):
         digest.update(deb.name.encode())
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted([*SOURCES.iterdir(), *SELFTESTS.glob("*.[ch]")]):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -113,9 +115,9 @@ def _scripts() -> Files:
     files |= {f"bin/{applet}": (stat.S_IFLNK | 0o777, b"busybox") for applet in APPLETS}
     files |= {folder: (stat.S_IFDIR | 0o755, b"") for folder in ("dev", "proc", "sys", "tmp")}
     with tempfile.TemporaryDirectory() as temporary:
-        for tool in TOOLS:
+        for tool, source in TOOLS.items():
             program = Path(temporary) / tool
-            proc.run([f"{host.CROSS_COMPILE}gcc", *CFLAGS, "-o", program, SOURCES / f"{tool}.c"])
+            proc.run([f"{host.CROSS_COMPILE}gcc", *CFLAGS, "-o", program, source])
             proc.run([f"{host.CROSS_COMPILE}strip", program])
             files[f"bin/{tool}"] = (0o755, program.read_bytes())
     return files

@@ -34,8 +34,9 @@ _CROSS = () if ARM64 else ("gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross")
 
 FEATURES: dict[str, Feature] = {
     "base": Feature(("git", "tar", "xz-utils"), ("git", "tar", "xz")),
-    "build": Feature(("gcc", "libc6-dev", *_CROSS, "make", "bison", "flex", "bc", "perl", "ccache"),
-                     (CROSS_COMPILE + "gcc", "gcc", "make", "bison", "flex", "bc", "perl", "ccache")),
+    "build": Feature(("gcc", "libc6-dev", *_CROSS, "make", "bison", "flex", "bc", "perl", "ccache",
+                       "rsync"),  # by which selftests are installed
+                     (CROSS_COMPILE + "gcc", "gcc", "make", "bison", "flex", "bc", "perl", "ccache", "rsync")),
     "boot": Feature(("qemu-system-arm", "qemu-utils", "qemu-efi-aarch64"), ("qemu-system-aarch64", "qemu-img")),
     "test": Feature(("python3-pytest", "python3-pytest-timeout", "python3-pytest-xdist"), ()),
     "plot": Feature(("gnuplot-nox",), ("gnuplot",)),

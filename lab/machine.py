@@ -344,6 +344,20 @@ class Machine:
         self._send(script)
         return self.hello()
 
+    def leave(self, script: str, timeout: float = 60.0) -> str:
+        """Run a script that has the guest end for good, by kexec or not: what the console showed meanwhile."""
+        since = len(self.log())
+        begin = time.monotonic()
+        self._send(script)
+        assert self._qemu
+        while self._qemu.poll() is None:
+            message = self._port.poll(0.1)
+            if message:
+                raise CommandFailed(f"'{script}' came back (exit {message.get('rc')}): {message['out']}", self)
+            if time.monotonic() - begin > timeout:
+                raise TimeoutFailure(f"it has not ended after {timeout:.0f} s", self)
+        return self.log()[since:]
+
     def sleep(self, script: str, timeout: float = 120.0, meanwhile: Callable[[], None] = lambda: None) -> Result:
         """Run a script that has the guest hibernate, switch it on again, and wait for the end of the script.
 

@@ -1,0 +1,433 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The inspector: is executed by kexec in place of a kernel, and tells whether
+ * the state is what a kernel may expect (Documentation/arch/arm64/booting.rst),
+ * and memory what was sent
+ *
+ * It runs with the MMU off all the time. So what it reads is what is behind the
+ * caches: the Point of Coherency. It reports to a UART, as KTAP, and then turns
+ * the machine off or resets it.
+ */
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include "inspector.h"
+
+#define PSCI_SYSTEM_OFF		0x84000008
+#define PSCI_SYSTEM_RESET	0x84000009
+
+#define SCTLR_M			(1UL << 0)
+#define SCTLR_C			(1UL << 2)
+#define SCTLR_I			(1UL << 12)
+#define SCTLR_EE		(1UL << 25)
+#define DAIF_ALL		0x3c0UL
+#define ISR_A			(1UL << 8)
+#define DTB_MAGIC		0xedfe0dd0	/* read as little endian */
+#define GICC_RPR		0x14
+#define RPR_IDLE		0xff
+
+#define MIB			(1UL << 20)
+#define SHOWN			8	/* ranges of which details are given */
+#define TESTS			15
+
+/* What inspector_entry.S found */
+struct entry_state {
+	uint64_t x[4];
+	uint64_t sp, current_el, daif, spsel, sctlr, hcr, isr, pc;
+};
+
+extern struct inspector_args inspector_args;
+extern const char _start[];
+
+static unsigned int number, failed, exceptions;
+static uint32_t crc_of_byte[256];
+
+#define read_reg(name) ({						\
+	uint64_t _value;						\
+	asm volatile("mrs %0, " name : "=r" (_value) : : "memory");	\
+	_value;								\
+})
+
+static uint32_t read_device(uint64_t addr, uint32_t width)
+{
+	if (width == 4)
+		return *(volatile uint32_t *)addr;
+	if (width == 2)
+		return *(volatile uint16_t *)addr;
+	return *(volatile uint8_t *)addr;
+}
+
+static void put_char(char c)
+{
+	const struct inspector_args *a = &inspector_args;
+	unsigned int patience = 1 << 20;
+
+	if (!a->uart)
+		return;
+	while ((read_device(a->uart + a->uart_status, a->uart_width) & 0x20) == a->uart_busy) {
+		if (!--patience)
+			return;
+	}
+	if (a->uart_width == 4)
+		*(volatile uint32_t *)a->uart = c;
+	else if (a->uart_width == 2)
+		*(volatile uint16_t *)a->uart = c;
+	else
+		*(volatile uint8_t *)a->uart = c;
+}
+
+static void put(const char *s)
+{
+	while (*s) {
+		if (*s == '\n')
+			put_char('\r');
+		put_char(*s++);
+	}
+}
+
+static void put_hex(uint64_t value)
+{
+	int shift = 60;
+
+	put("0x");
+	while (shift && !(value >> shift))
+		shift -= 4;
+	for (; shift >= 0; shift -= 4)
+		put_char("0123456789abcdef"[value >> shift & 15]);
+}
+
+static void put_dec(uint64_t value)
+{
+	if (value > 9)
+		put_dec(value / 10);
+	put_char('0' + value % 10);
+}
+
+/* " name value" */
+static void put_value(const char *name, uint64_t value)
+{
+	put(" ");
+	put(name);
+	put(" ");
+	put_hex(value);
+}
+
+static void result(bool good, const char *what)
+{
+	put(good ? "ok " : "not ok ");
+	put_dec(++number);
+	put(" ");
+	put(what);
+	put("\n");
+	if (!good)
+		failed++;
+}
+
+/* A register that has to have a certain value */
+static void check(const char *what, uint64_t found, uint64_t expected)
+{
+	if (found != expected) {
+		put("#");
+		put_value("found", found);
+		put_value("expected", expected);
+		put("\n");
+	}
+	result(found == expected, what);
+}
+
+static void skip(const char *what, const char *why)
+{
+	put("ok ");
+	put_dec(++number);
+	put(" ");
+	put(what);
+	put(" # SKIP ");
+	put(why);
+	put("\n");
+}
+
+static void call_psci(uint64_t function)
+{
+	register uint64_t x0 asm("x0") = function;
+
+	if (inspector_args.psci == INSPECT_PSCI_HVC)
+		asm volatile("hvc #0" : "+r" (x0) : : "x1", "x2", "x3", "memory");
+	else if (inspector_args.psci == INSPECT_PSCI_SMC)
+		asm volatile("smc #0" : "+r" (x0) : : "x1", "x2", "x3", "memory");
+}
+
+static void __attribute__((noreturn)) end(void)
+{
+	uint32_t how = inspector_args.end;
+
+	put("# Totals: pass:");
+	put_dec(number - failed);
+	put(" fail:");
+	put_dec(failed);
+	put(" xfail:0 xpass:0 skip:0 error:0\n");
+
+	if (how == INSPECT_VERDICT)
+		how = failed ? INSPECT_RESET : INSPECT_OFF;
+	if (how != INSPECT_PARK && inspector_args.psci != INSPECT_PSCI_NONE) {
+		put(how == INSPECT_OFF ? "# inspector: powering off\n" : "# inspector: resetting\n");
+		call_psci(how == INSPECT_OFF ? PSCI_SYSTEM_OFF : PSCI_SYSTEM_RESET);
+		put("# inspector: that failed\n");
+	}
+	put("# inspector: parked\n");
+	for (;;)
+		asm volatile("wfi");
+}
+
+/* Called by the vectors */
+void unexpected(uint64_t vector, uint64_t esr, uint64_t elr, uint64_t far);
+void unexpected(uint64_t vector, uint64_t esr, uint64_t elr, uint64_t far)
+{
+	if (exceptions++) {
+		for (;;)
+			asm volatile("wfi");	/* while reporting another one */
+	}
+	put("#");
+	put_value("vector", vector);
+	put_value("ESR", esr);
+	put_value("ELR, from the inspector's start,", elr - (uint64_t)_start);
+	put_value("FAR", far);
+	put("\n");
+	result(false, "no exception");
+	end();
+}
+
+/* Registers */
+
+static void check_registers(const struct entry_state *s)
+{
+	const struct inspector_args *a = &inspector_args;
+	uint64_t el = s->current_el >> 2;
+
+	put("# EL");
+	put_dec(el);
+	put_value("SCTLR", s->sctlr);
+	put_value("DAIF", s->daif);
+	put_value("SPSel", s->spsel);
+	put_value("SP", s->sp);
+	if (el == 2)
+		put_value("HCR", s->hcr);
+	put(s->sctlr & SCTLR_I ? ", I-cache on\n" : ", I-cache off\n");
+
+	if (a->el)
+		check("exception level", el, a->el);
+	else
+		skip("exception level", "not told which");
+	check("MMU is off", s->sctlr & SCTLR_M, 0);
+	check("D-cache is off", s->sctlr & SCTLR_C, 0);
+	check("little endian", s->sctlr & SCTLR_EE, 0);
+	check("all exceptions are masked", s->daif & DAIF_ALL, DAIF_ALL);
+	check("no SError is pending", s->isr & ISR_A, 0);
+
+	if (a->flags & INSPECT_X0_IS_DTB)
+		check("x0 points to a device tree",
+		      s->x[0] & 7 ? 0 : *(volatile uint32_t *)s->x[0], DTB_MAGIC);
+	else
+		check("x0 is what it was to be", s->x[0], a->x0);
+	check("x1 to x3 are 0", s->x[1] | s->x[2] | s->x[3], 0);
+
+	if (a->flags & INSPECT_PLACED)
+		check("at a multiple of 2 MiB", s->pc & (2 * MIB - 1), 0);
+	else if (a->entry)
+		check("at the address it was sent to", s->pc, a->entry);
+	else
+		skip("at the address it was sent to", "not told where");
+}
+
+static void check_timer(void)
+{
+	uint64_t frequency = read_reg("cntfrq_el0");
+	uint64_t begin = read_reg("cntvct_el0"), now = begin;
+	unsigned int patience = 1 << 24;
+
+	put("#");
+	put_value("CNTFRQ", frequency);
+	put_value("CNTVCT", begin);
+	put("\n");
+	while (now == begin && --patience) {
+		asm volatile("isb" : : : "memory");	/* read it now, not earlier */
+		now = read_reg("cntvct_el0");
+	}
+	result(frequency && now > begin, "the timer runs, its frequency is known");
+}
+
+/*
+ * No interrupt may be active: the CPU interface would hold back those that are
+ * less important, for ever.
+ */
+static void check_gic(void)
+{
+	uint64_t el2 = read_reg("CurrentEL") >> 2 == 2;
+	uint64_t sre, rpr;
+
+	if (inspector_args.gicc) {
+		check("GIC: no interrupt is active",
+		      read_device(inspector_args.gicc + GICC_RPR, 4) & 0xff, RPR_IDLE);
+		return;
+	}
+	if (!(read_reg("id_aa64pfr0_el1") >> 24 & 15)) {
+		skip("GIC: no interrupt is active", "no system registers, and not told where it is");
+		return;
+	}
+	/* At EL2, ICC_SRE_EL1 only counts if ICC_SRE_EL2 lets it */
+	sre = el2 ? read_reg("s3_4_c12_c9_5") : read_reg("s3_0_c12_c12_5");
+	if (!(sre & 1)) {
+		put("#");
+		put_value("ICC_SRE", sre);
+		put("\n");
+		result(false, "GIC: its system registers can be used");
+		return;
+	}
+	rpr = read_reg("s3_0_c12_c11_3");
+	check("GIC: no interrupt is active", rpr & 0xff, RPR_IDLE);
+}
+
+/* Memory */
+
+static bool check_args(void)
+{
+	struct inspector_args *a = &inspector_args;
+	uint32_t crc = a->crc, found;
+
+	a->crc = 0;
+	found = crc32c(crc_of_byte, ~0, a, a->size);
+	a->crc = crc;
+	check("its arguments are whole", found, crc);
+	return found == crc;
+}
+
+static uint64_t expected_word(const struct inspector_range *r, uint64_t addr)
+{
+	return r->contents == INSPECT_PATTERN ? inspector_pattern(addr, r->value) : 0;
+}
+
+/* Details of a range that is not as it should be; the word at @addr is */
+static void describe(const struct inspector_range *r, uint64_t addr, uint64_t words)
+{
+	static const char names[][12] = { "destination", "watched", "inspector" };
+	uint64_t found, expected;
+
+	put("# ");
+	put(names[r->kind]);
+	put(" ");
+	put_dec(r->number);
+	put_value("at", r->start);
+	put_value("size", r->size);
+	if (r->contents == INSPECT_CRC32C) {
+		put_value("CRC32C", addr);
+		put_value("expected", r->value);
+		put("\n");
+		return;
+	}
+	found = *(volatile uint64_t *)(addr & ~7UL);
+	expected = expected_word(r, addr & ~7UL);
+	/* From the word to the byte, in which @addr may be already */
+	while (((found ^ expected) >> 8 * (addr & 7) & 0xff) == 0)
+		addr++;
+	put_value("first difference at", addr);
+	put_value("found", found >> 8 * (addr & 7) & 0xff);
+	put_value("expected", expected >> 8 * (addr & 7) & 0xff);
+	put(", words that differ: ");
+	put_dec(words);
+	put("\n");
+}
+
+static uint64_t difference(const struct inspector_range *r, uint64_t addr)
+{
+	return *(volatile uint64_t *)addr ^ expected_word(r, addr);
+}
+
+static bool check_range(const struct inspector_range *r, bool show)
+{
+	uint64_t addr = r->start, end = r->start + r->size, last = end & ~7UL;
+	uint64_t first = 0, words = 0, mask;
+
+	if (r->contents == INSPECT_CRC32C) {
+		uint64_t base = r->kind == INSPECT_SELF ? (uint64_t)_start : 0;
+		uint32_t crc = crc32c(crc_of_byte, ~0, (void *)(base + r->start), r->size);
+
+		if (crc != r->value && show)
+			describe(r, crc, 0);
+		return crc == r->value;
+	}
+
+	/* Bytes of a word that begins before the range, or ends behind it */
+	if (addr & 7) {
+		mask = ~0UL << 8 * (addr & 7);
+		if ((addr & ~7UL) == last)
+			mask &= ~(~0UL << 8 * (end & 7));
+		if (difference(r, addr & ~7UL) & mask) {
+			first = addr;
+			words++;
+		}
+		addr = (addr & ~7UL) + 8;
+	}
+	for (; addr < last; addr += 8) {
+		if (difference(r, addr) && !words++)
+			first = addr;
+	}
+	if (addr == last && end & 7 && difference(r, last) & ~(~0UL << 8 * (end & 7)) && !words++)
+		first = last;
+
+	if (words && show)
+		describe(r, first, words);
+	return !words;
+}
+
+static void check_ranges(enum inspector_kind kind, bool known, const char *what)
+{
+	const struct inspector_args *a = &inspector_args;
+	unsigned int i, bad = 0, looked_at = 0;
+	uint64_t bytes = 0;
+
+	for (i = 0; known && i < a->nr_ranges; i++) {
+		const struct inspector_range *r = &a->ranges[i];
+
+		if (r->kind != kind)
+			continue;
+		looked_at++;
+		bytes += r->size;
+		if (!check_range(r, bad < SHOWN))
+			bad++;
+	}
+	if (!looked_at) {
+		skip(what, known ? "there is none" : "it does not know which");
+		return;
+	}
+	put("# ");
+	put_dec(looked_at);
+	put(" ranges, bytes: ");
+	put_dec(bytes);
+	put(", ranges that differ: ");
+	put_dec(bad);
+	put("\n");
+	result(!bad, what);
+}
+
+/* Called by inspector_entry.S, on a stack of its own */
+void inspect(const struct entry_state *s);
+void inspect(const struct entry_state *s)
+{
+	bool memory;
+
+	if (inspector_args.magic != INSPECTOR_MAGIC)
+		return;		/* it can't tell where to report that */
+	number = failed = exceptions = 0;
+	crc32c_table(crc_of_byte);
+
+	put("\nTAP version 13\n1..");
+	put_dec(TESTS);
+	put("\n");
+	check_registers(s);
+	check_timer();
+	check_gic();
+	memory = check_args();
+	check_ranges(INSPECT_SELF, memory, "the inspector itself is whole");
+	check_ranges(INSPECT_DESTINATION, memory, "destinations hold what was sent");
+	check_ranges(INSPECT_WATCHED, memory, "watched memory is untouched");
+	end();
+}
