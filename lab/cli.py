@@ -34,12 +34,15 @@ examples:
   ./kexec-lab run --cell 64k-va52-nvhe     another kernel and machine ('cells' lists them)
   ./kexec-lab kdump --crash interrupt      a crash, and what the dump holds
   ./kexec-lab hibernate --cycles 10        half of memory is checked after each
+  ./kexec-lab fuzz --count 2000            random segments; a failure is made smaller and kept
   ./kexec-lab check -m handover            one kind of test; further words go to pytest
   ./kexec-lab check --all                  every cell: some hours of work
   ./kexec-lab shell                        a prompt in a guest with kexec-tools in it
   ./kexec-lab tree ~/linux-kexec           a patched kernel tree to build yourself
   ./kexec-lab --dry-run run                what 'run' would do, without doing it
 """
+
+FUZZ_CELL = "4k-va48-nvhe"  # its exit is the longest
 
 LOADERS = {"load": ("load", "load-nocheck"), "file": ("file",), "both": ("load", "load-nocheck", "file")}
 
@@ -87,6 +90,15 @@ def parser() -> argparse.ArgumentParser:
     _cell_options(hibernate)
     hibernate.add_argument("--cycles", type=int, default=2, metavar="N", help="how many times (default: 2)")
     _base_options(hibernate)
+    fuzz = add("fuzz", _fuzz, "load random lists of segments, and look at what arrives")
+    fuzz.add_argument("--cell", metavar="NAME", default=FUZZ_CELL,
+                      help=f"kernel and machine (default: {FUZZ_CELL}; './kexec-lab cells' lists them)")
+    fuzz.add_argument("--count", type=int, default=200, metavar="N", help="how many (default: 200)")
+    fuzz.add_argument("--seed", type=int, metavar="S", help="the same cases for the same number (default: any)")
+    fuzz.add_argument("--start", type=int, default=0, metavar="N", help="begin with this one of the seed (default: 0)")
+    fuzz.add_argument("--case", type=Path, metavar="FILE", help="one that was kept, see tests/corpus, on its cell")
+    fuzz.add_argument("--mainline", action="store_true", help="the base's own implementation, without the series")
+    _base_options(fuzz)
     shell = add("shell", _shell, "open a prompt in a guest")
     _cell_options(shell)
     _base_options(shell)
@@ -192,6 +204,11 @@ def _hibernate(args: argparse.Namespace) -> int:
     return hibernate.main(args)
 
 
+def _fuzz(args: argparse.Namespace) -> int:
+    from lab import fuzz
+    return fuzz.main(args)
+
+
 def _shell(args: argparse.Namespace) -> int:
     from lab import shell
     return shell.main(args)
@@ -268,7 +285,7 @@ def _cleaned(args: argparse.Namespace) -> list[Path]:
 
 def _explain(args: argparse.Namespace) -> None:
     """What a command would do, in the order in which it would."""
-    needs = {**dict.fromkeys(("run", "kdump", "hibernate", "shell"), ("base", "build", "boot")),
+    needs = {**dict.fromkeys(("run", "kdump", "hibernate", "fuzz", "shell"), ("base", "build", "boot")),
              "check": ("base", "build", "boot", "test", "lint"), "build": ("base", "build"),
              "tree": ("base",), "series": ("base",)}.get(args.command, ())
     missing = host.missing_packages(*needs) if needs and host.is_debian() else []
@@ -277,6 +294,10 @@ def _explain(args: argparse.Namespace) -> None:
     if needs:
         hand = os.environ.get("KERNEL_SRC")
         print(f"base:    {hand or f'{base.PACKAGE} from {base.SUITE}, through apt, unpacked below {paths.CACHE}'}")
+    if args.command == "fuzz":
+        kernel = cells.cell(args.cell).kernel.name
+        print(f"build:   kernel {f'{kernel}-base' if args.mainline else kernel}, guest initramfs, inspector")
+        print(f"boot:    {args.cell} once, and put it back for each of {1 if args.case else args.count} cases")
     if args.command in ("run", "kdump", "hibernate", "shell"):
         cell = cells.cell(args.cell)
         print(f"build:   kernel {cell.kernel.name}, guest initramfs (busybox-static, kexec-tools for arm64)")
