@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
 import signal
@@ -37,12 +38,15 @@ examples:
   ./kexec-lab kdump --crash interrupt      a crash, and what the dump holds
   ./kexec-lab hibernate --cycles 10        half of memory is checked after each
   ./kexec-lab bench                        events and times beside mainline's
+  ./kexec-lab fuzz --count 2000            random segments; a failure is made smaller and kept
   ./kexec-lab check -m handover            one kind of test; further words go to pytest
   ./kexec-lab check --all                  every cell: some hours of work
   ./kexec-lab shell                        a prompt in a guest with kexec-tools in it
   ./kexec-lab tree ~/linux-kexec           a patched kernel tree to build yourself
   ./kexec-lab --dry-run run                what 'run' would do, without doing it
 """
+
+FUZZ_CELL = "4k-va48-nvhe"  # its exit is the longest
 
 LOADERS = {"load": ("load", "load-nocheck"), "file": ("file",), "both": ("load", "load-nocheck", "file")}
 
@@ -70,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
                              help="print what would be done, and do none of it")
         return command
 
-    run = add("run", _run, "boot a kernel, hand over to the next, verify")
+    run = add("run", _module("run"), "boot a kernel, hand over to the next, verify")
     _cell_options(run)
     run.add_argument("--loader", choices=tuple(LOADERS), default="both",
                      help="load: kexec_load with and without purgatory's checks; file: kexec_file_load; "
@@ -83,24 +87,33 @@ def parser() -> argparse.ArgumentParser:
                             "%(default)s)")
     _accel_option(check)
     _base_options(check)
-    kdump = add("kdump", _kdump, "crash a guest, save and check its dump")
+    kdump = add("kdump", _module("kdump"), "crash a guest, save and check its dump")
     _cell_options(kdump)
     kdump.add_argument("--loader", choices=("load", "file", "both"), default="both",
                        help="load: kexec -p -c; file: kexec -p -s; both (default)")
     kdump.add_argument("--crash", choices=CRASHES, default="sysrq", help="how it crashes (default: sysrq)")
     _base_options(kdump)
-    hibernate = add("hibernate", _hibernate, "hibernate and resume a guest, check its memory")
+    hibernate = add("hibernate", _module("hibernate"), "hibernate and resume a guest, check its memory")
     _cell_options(hibernate)
     hibernate.add_argument("--cycles", type=int, default=2, metavar="N", help="how many times (default: 2)")
     _base_options(hibernate)
-    mutate = add("mutants", _mutants, "break the kernel code in small ways, and see which test notices")
+    mutate = add("mutants", _module("mutants"), "break the kernel code in small ways, and see which test notices")
     mutate.add_argument("--only", action="append", choices=MUTANTS, metavar="NAME",
                         help="judge this one (may be repeated): " + " ".join(MUTANTS))
     _base_options(mutate)
-    bench = add("bench", _bench, "count and time this series and mainline in one run")
+    bench = add("bench", _module("bench"), "count and time this series and mainline in one run")
     bench.add_argument("--keep", action="store_true", help="copy what was found to bench/")
     _base_options(bench)
-    shell = add("shell", _shell, "open a prompt in a guest")
+    fuzz = add("fuzz", _module("fuzz"), "load random lists of segments, and look at what arrives")
+    fuzz.add_argument("--cell", metavar="NAME", default=FUZZ_CELL,
+                      help=f"kernel and machine (default: {FUZZ_CELL}; './kexec-lab cells' lists them)")
+    fuzz.add_argument("--count", type=int, default=200, metavar="N", help="how many (default: 200)")
+    fuzz.add_argument("--seed", type=int, metavar="S", help="the same cases for the same number (default: any)")
+    fuzz.add_argument("--start", type=int, default=0, metavar="N", help="begin with this one of the seed (default: 0)")
+    fuzz.add_argument("--case", type=Path, metavar="FILE", help="one that was kept, see tests/corpus, on its cell")
+    fuzz.add_argument("--mainline", action="store_true", help="the base's own implementation, without the series")
+    _base_options(fuzz)
+    shell = add("shell", _module("shell"), "open a prompt in a guest")
     _cell_options(shell)
     _base_options(shell)
     make = add("build", _build, "build a kernel")
@@ -192,34 +205,9 @@ def _validate(args: argparse.Namespace) -> None:
         args.kernel = cells.kernel(args.kernel) if args.kernel else cells.cell(args.cell or cells.DEFAULT.name).kernel
 
 
-def _run(args: argparse.Namespace) -> int:
-    from lab import run
-    return run.main(args)
-
-
-def _kdump(args: argparse.Namespace) -> int:
-    from lab import kdump
-    return kdump.main(args)
-
-
-def _hibernate(args: argparse.Namespace) -> int:
-    from lab import hibernate
-    return hibernate.main(args)
-
-
-def _mutants(args: argparse.Namespace) -> int:
-    from lab import mutants
-    return mutants.main(args)
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from lab import bench
-    return bench.main(args)
-
-
-def _shell(args: argparse.Namespace) -> int:
-    from lab import shell
-    return shell.main(args)
+def _module(name: str) -> Callable[[argparse.Namespace], int]:
+    """The main() of the module with that name, which is not loaded before it is needed."""
+    return lambda args: importlib.import_module(f"lab.{name}").main(args)
 
 
 def _pytest_commands(args: argparse.Namespace) -> list[list[str]]:
@@ -300,7 +288,7 @@ def _cleaned(args: argparse.Namespace) -> list[Path]:
 
 def _explain(args: argparse.Namespace) -> None:
     """What a command would do, in the order in which it would."""
-    needs = {**dict.fromkeys(("run", "kdump", "hibernate", "shell"), ("base", "build", "boot")),
+    needs = {**dict.fromkeys(("run", "kdump", "hibernate", "fuzz", "shell"), ("base", "build", "boot")),
              **dict.fromkeys(("check", "mutants"), ("base", "build", "boot", "test", "lint")), "build": ("base", "build"),
              "bench": ("base", "build", "boot", "plot"),
              "tree": ("base",), "series": ("base",)}.get(args.command, ())
@@ -310,6 +298,10 @@ def _explain(args: argparse.Namespace) -> None:
     if needs:
         hand = os.environ.get("KERNEL_SRC")
         print(f"base:    {hand or f'{base.PACKAGE} from {base.SUITE}, through apt, unpacked below {paths.CACHE}'}")
+    if args.command == "fuzz":
+        kernel = cells.cell(args.cell).kernel.name
+        print(f"build:   kernel {f'{kernel}-base' if args.mainline else kernel}, guest initramfs, inspector")
+        print(f"boot:    {args.cell} once, and put it back for each of {1 if args.case else args.count} cases")
     if args.command in ("run", "kdump", "hibernate", "shell"):
         cell = cells.cell(args.cell)
         print(f"build:   kernel {cell.kernel.name}, guest initramfs (busybox-static, kexec-tools for arm64)")

@@ -31,8 +31,8 @@ TOOLS = {"kload": SELFTESTS / "inspect.c", "kpages": SOURCES / "kpages.c", "patt
 CFLAGS = ("-static", "-O2", "-Wall", "-Wextra", "-Werror")
 # Busybox commands; those that nothing here uses are for people in `shell`.
 APPLETS = """
-    [ awk base64 basename cat chmod chvt clear cmp cp cttyhack cut date dd df dirname dmesg du echo env expr false find free
-    grep gzip head hexdump id insmod kill killall less ln ls mkdir mknod mkswap mount mv nproc od poweroff printf ps
+    [ awk base64 basename cat chmod chvt clear cmp cp cttyhack cut date dd df dirname dmesg du echo env expr false find
+    free grep gzip head hexdump id insmod kill killall less ln ls mkdir mknod mkswap mount mv nproc od poweroff printf ps
     pwd reboot rm sed seq setsid sh sha256sum sleep sort stat swapoff swapon sync tail tar test top touch tr true
     truncate umount uname uniq uptime vi wc which xxd
 """.split()

@@ -20,9 +20,9 @@ RANGE = 32  # bytes of a range
 RESULTS = 15
 
 ENDS = {"powering off": "off", "resetting": "reset", "parked": "parked"}
-DIFFERENCE = re.compile(r"^# (destination|watched|inspector) (\d+) at (0x\w+) size (0x\w+) "
-                        r"(?:first difference at (0x\w+) found (0x\w+) expected (0x\w+), words that differ: (\d+)|CRC32C.*)$",
-                        re.M)
+DIFFERENCE = re.compile(
+    r"^# (destination|watched|inspector) (\d+) at (0x\w+) size (0x\w+) "
+    r"(?:first difference at (0x\w+) found (0x\w+) expected (0x\w+), words that differ: (\d+)|CRC32C.*)$", re.M)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ def test_help_names_the_two_commands(environment: dict[str, str], arguments: lis
     done = lab(environment, *arguments)
     assert done.returncode == 0
     assert "./kexec-lab run  " in done.stdout and "./kexec-lab check  " in done.stdout
-    for command in ("run", "check", "kdump", "hibernate", "mutants", "shell", "build", "tree", "series", "cells", "clean"):
+    for command in ("run", "check", "kdump", "hibernate", "mutants", "bench", "fuzz", "shell", "build", "tree",
+                    "series", "cells", "clean"):
         assert f"    {command} " in done.stdout
         assert lab(environment, command, "--help").returncode == 0
 
@@ -73,6 +74,8 @@ def test_cells_are_listed(environment: dict[str, str]) -> None:
     (["check", "--all"], ["pytest --all"]),
     (["check", "--jobs", "3"], ["--build-only", "-n 3"]),
     (["shell"], ["kernel 4k-va48"]),
+    (["fuzz", "--count", "7"], ["kernel 4k-va48", "inspector", "7 cases"]),
+    (["fuzz", "--mainline"], ["kernel 4k-va48-base"]),
     (["build", "16k-va47"], ["kernel 16k-va47"]),
     (["tree", "elsewhere"], ["elsewhere"]),
     (["series"], ["patches"]),

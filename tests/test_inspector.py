@@ -32,7 +32,7 @@ def good(report: Report) -> None:
 
 
 def test_on_every_cell(cell: Cell, machine: Machine) -> None:
-    """Segments over the running kernel, beside each other, of one page, with less contents than room; watched memory."""
+    """Segments over the running kernel, beside each other, of one page, with less contents than room."""
     page = cell.kernel.pages * 1024
     middle, kernel = qemu.RAM_BASE + cell.memory * MIB // 2, kernel_base(machine)
     # KASLR may have put the kernel anywhere; what is about it may be a hole.

@@ -41,7 +41,8 @@ WAIVERS = (
     Waiver("CAMELCASE", "<Unlock>", "a label that kernel_kexec() has"),
     Waiver("LEADING_SPACE", r"\| \+  DEFINE\(", "the way asm-offsets.c is indented"),
     Waiver("DEFINE_ARCH_HAS", "'ARCH_HAS_KIMAGE_ARCH'", "the name by which linux/kexec.h asks for it"),
-    Waiver("FILE_PATH_CHANGES", "", "MAINTAINERS covers arch/arm64/ and Documentation/arch/arm64/ as folders"),
+    Waiver("FILE_PATH_CHANGES", "", "MAINTAINERS covers arch/arm64/, Documentation/arch/arm64/ and "
+           "tools/testing/selftests/ as folders"),
 )
 
 

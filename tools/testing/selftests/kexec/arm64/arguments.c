@@ -14,7 +14,7 @@
 #define NOBODY		65534
 #define COMMAND_LINE_SIZE 2048	/* what an arm64 kernel takes, with its end */
 
-#define MIB		(1UL << 20)
+#define MIB		0x100000UL
 #define IMAGE_BYTES	8192
 #define IMAGE_SIZE	65536
 
@@ -216,7 +216,7 @@ static int load_as_nobody(void)
 		return errno;
 	if (!child) {
 		if (syscall(__NR_setuid, NOBODY))
-			exit(ENOSYS);
+			exit(EINTR);
 		exit(load(good, 1, &s, KEXEC_ARCH_AARCH64));
 	}
 	waitpid(child, &status, 0);
@@ -331,7 +331,7 @@ int main(void)
 	if (!nr_ram)
 		ksft_exit_skip("/proc/iomem shows no memory: not root?\n");
 	if (is_loaded())
-		ksft_exit_skip("an image is loaded ('kexec -u' unloads it), or no kexec configured\n");
+		ksft_exit_skip("an image is loaded (see 'kexec -u'), or no kexec configured\n");
 
 	for (i = 0; i < nr_ram; i++) {
 		unsigned long size = ram[i].end - ram[i].start;

@@ -68,8 +68,8 @@
 #define MAX_SEGMENTS	64	/* more than the kernel takes */
 #define MAX_RANGES	32768
 #define TRIES		5
-#define PAGEMAP_PRESENT	(1ULL << 63)
-#define PAGEMAP_PFN	((1ULL << 55) - 1)
+#define PAGEMAP_PRESENT	0x8000000000000000
+#define PAGEMAP_PFN	0x007fffffffffffff
 
 #ifndef MAP_POPULATE
 #define MAP_POPULATE	0x8000
@@ -105,7 +105,7 @@ static unsigned long nr_watched;
 /* Words of the line that is looked at */
 static char *rest;
 
-static __attribute__((noreturn)) void die(const char *what, const char *why)
+static _Noreturn void die(const char *what, const char *why)
 {
 	fprintf(stderr, "kexec_inspect: %s: %s\n", what, why);
 	exit(2);
@@ -212,18 +212,13 @@ static char *read_inspector(const char *path, unsigned long max)
 	return image;
 }
 
-static uint64_t pattern(unsigned long addr, uint64_t seed)
-{
-	return inspector_pattern(addr, seed);
-}
-
 static void *patterned(unsigned long mem, uint64_t seed, size_t size)
 {
 	uint64_t *p = anonymous(round_up_to(size, 8), 0);
 	size_t i;
 
 	for (i = 0; i < (size + 7) / 8; i++)
-		p[i] = pattern(mem + 8 * i, seed);
+		p[i] = inspector_pattern(mem + 8 * i, seed);
 	return p;
 }
 
@@ -396,7 +391,8 @@ static void fill_watched(void)
 	look_up(watched, nr_watched, watched_at);
 	for (i = 0; i < nr_watched; i++) {
 		for (offset = 0; offset < page; offset += 8)
-			watched[(i * page + offset) / 8] = pattern(watched_at[i] + offset, watch_seed);
+			watched[(i * page + offset) / 8] =
+				inspector_pattern(watched_at[i] + offset, watch_seed);
 	}
 }
 
@@ -455,7 +451,8 @@ static void add_destination(unsigned long room, int i)
 
 	switch (about[i].contents) {
 	case PATTERN:
-		add_range(room, mem, s->bufsz, about[i].seed, INSPECT_PATTERN, INSPECT_DESTINATION, i);
+		add_range(room, mem, s->bufsz, about[i].seed,
+			  INSPECT_PATTERN, INSPECT_DESTINATION, i);
 		break;
 	case ANY:
 		add_range(room, mem, s->bufsz, crc32c(table, ~0, s->buf, s->bufsz),
@@ -466,7 +463,8 @@ static void add_destination(unsigned long room, int i)
 	default:
 		return;
 	}
-	add_range(room, mem + s->bufsz, s->memsz - s->bufsz, 0, INSPECT_ZERO, INSPECT_DESTINATION, i);
+	add_range(room, mem + s->bufsz, s->memsz - s->bufsz, 0,
+		  INSPECT_ZERO, INSPECT_DESTINATION, i);
 }
 
 static bool is_destination(unsigned long start)
@@ -500,7 +498,8 @@ static void add_watched(unsigned long room)
 			last->size += page;
 		} else if (head.nr_ranges < room) {
 			last = &ranges[head.nr_ranges];
-			add_range(room, at, page, watch_seed, INSPECT_PATTERN, INSPECT_WATCHED, i);
+			add_range(room, at, page, watch_seed,
+				  INSPECT_PATTERN, INSPECT_WATCHED, i);
 		}
 	}
 }
@@ -532,8 +531,10 @@ static void finish(unsigned int nr_claims)
 		struct kexec_segment *s = &segments[inspector];
 		unsigned long room = (s->memsz - INSPECTOR_SIZE - sizeof(head)) / sizeof(*ranges);
 
+		if (room > MAX_RANGES)
+			room = MAX_RANGES;
 		head.entry = (unsigned long)s->mem;
-		s->bufsz = finish_inspector((char *)s->buf, room < MAX_RANGES ? room : MAX_RANGES, nr_claims);
+		s->bufsz = finish_inspector((char *)s->buf, room, nr_claims);
 	} else if (inspector_file) {
 		char name[32];
 		int fd = syscall(__NR_memfd_create, "inspector", 0);
@@ -582,7 +583,7 @@ static const char *name_of(int error)
 #define NAME(n) { n, #n }
 		NAME(EPERM), NAME(ENOENT), NAME(EINTR), NAME(EIO), NAME(E2BIG),
 		NAME(ENOEXEC), NAME(EBADF), NAME(ENOMEM), NAME(EACCES), NAME(EFAULT),
-		NAME(EBUSY), NAME(EINVAL), NAME(ETXTBSY), NAME(EFBIG), NAME(ENOSYS),
+		NAME(EBUSY), NAME(EINVAL), NAME(ETXTBSY), NAME(EFBIG),
 		NAME(EADDRINUSE), NAME(EADDRNOTAVAIL), NAME(EKEYREJECTED),
 	};
 	static char other[16];

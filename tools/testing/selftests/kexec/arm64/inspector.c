@@ -16,17 +16,17 @@
 #define PSCI_SYSTEM_OFF		0x84000008
 #define PSCI_SYSTEM_RESET	0x84000009
 
-#define SCTLR_M			(1UL << 0)
-#define SCTLR_C			(1UL << 2)
-#define SCTLR_I			(1UL << 12)
-#define SCTLR_EE		(1UL << 25)
+#define SCTLR_M			0x1UL
+#define SCTLR_C			0x4UL
+#define SCTLR_I			0x1000UL
+#define SCTLR_EE		0x2000000UL
 #define DAIF_ALL		0x3c0UL
-#define ISR_A			(1UL << 8)
+#define ISR_A			0x100UL
 #define DTB_MAGIC		0xedfe0dd0	/* read as little endian */
 #define GICC_RPR		0x14
 #define RPR_IDLE		0xff
 
-#define MIB			(1UL << 20)
+#define MIB			0x100000UL
 #define SHOWN			8	/* ranges of which details are given */
 #define TESTS			15
 
@@ -35,9 +35,6 @@ struct entry_state {
 	uint64_t x[4];
 	uint64_t sp, current_el, daif, spsel, sctlr, hcr, isr, pc;
 };
-
-extern struct inspector_args inspector_args;
-extern const char _start[];
 
 static unsigned int number, failed, exceptions;
 static uint32_t crc_of_byte[256];
@@ -50,11 +47,25 @@ static uint32_t crc_of_byte[256];
 
 static uint32_t read_device(uint64_t addr, uint32_t width)
 {
+	uint32_t value;
+
 	if (width == 4)
-		return *(volatile uint32_t *)addr;
-	if (width == 2)
-		return *(volatile uint16_t *)addr;
-	return *(volatile uint8_t *)addr;
+		asm volatile("ldr %w0, [%1]" : "=r" (value) : "r" (addr) : "memory");
+	else if (width == 2)
+		asm volatile("ldrh %w0, [%1]" : "=r" (value) : "r" (addr) : "memory");
+	else
+		asm volatile("ldrb %w0, [%1]" : "=r" (value) : "r" (addr) : "memory");
+	return value;
+}
+
+static void write_device(uint64_t addr, uint32_t width, uint32_t value)
+{
+	if (width == 4)
+		asm volatile("str %w0, [%1]" : : "r" (value), "r" (addr) : "memory");
+	else if (width == 2)
+		asm volatile("strh %w0, [%1]" : : "r" (value), "r" (addr) : "memory");
+	else
+		asm volatile("strb %w0, [%1]" : : "r" (value), "r" (addr) : "memory");
 }
 
 static void put_char(char c)
@@ -68,12 +79,7 @@ static void put_char(char c)
 		if (!--patience)
 			return;
 	}
-	if (a->uart_width == 4)
-		*(volatile uint32_t *)a->uart = c;
-	else if (a->uart_width == 2)
-		*(volatile uint16_t *)a->uart = c;
-	else
-		*(volatile uint8_t *)a->uart = c;
+	write_device(a->uart, a->uart_width, (uint8_t)c);
 }
 
 static void put(const char *s)
@@ -156,7 +162,7 @@ static void call_psci(uint64_t function)
 		asm volatile("smc #0" : "+r" (x0) : : "x1", "x2", "x3", "memory");
 }
 
-static void __attribute__((noreturn)) end(void)
+static _Noreturn void end(void)
 {
 	uint32_t how = inspector_args.end;
 
@@ -169,8 +175,10 @@ static void __attribute__((noreturn)) end(void)
 	if (how == INSPECT_VERDICT)
 		how = failed ? INSPECT_RESET : INSPECT_OFF;
 	if (how != INSPECT_PARK && inspector_args.psci != INSPECT_PSCI_NONE) {
-		put(how == INSPECT_OFF ? "# inspector: powering off\n" : "# inspector: resetting\n");
-		call_psci(how == INSPECT_OFF ? PSCI_SYSTEM_OFF : PSCI_SYSTEM_RESET);
+		bool off = how == INSPECT_OFF;
+
+		put(off ? "# inspector: powering off\n" : "# inspector: resetting\n");
+		call_psci(off ? PSCI_SYSTEM_OFF : PSCI_SYSTEM_RESET);
 		put("# inspector: that failed\n");
 	}
 	put("# inspector: parked\n");
@@ -189,7 +197,7 @@ void unexpected(uint64_t vector, uint64_t esr, uint64_t elr, uint64_t far)
 	put("#");
 	put_value("vector", vector);
 	put_value("ESR", esr);
-	put_value("ELR, from the inspector's start,", elr - (uint64_t)_start);
+	put_value("ELR, from the inspector's start,", elr - (uint64_t)inspector_start);
 	put_value("FAR", far);
 	put("\n");
 	result(false, "no exception");
@@ -225,7 +233,7 @@ static void check_registers(const struct entry_state *s)
 
 	if (a->flags & INSPECT_X0_IS_DTB)
 		check("x0 points to a device tree",
-		      s->x[0] & 7 ? 0 : *(volatile uint32_t *)s->x[0], DTB_MAGIC);
+		      s->x[0] & 7 ? 0 : *(uint32_t *)s->x[0], DTB_MAGIC);
 	else
 		check("x0 is what it was to be", s->x[0], a->x0);
 	check("x1 to x3 are 0", s->x[1] | s->x[2] | s->x[3], 0);
@@ -270,7 +278,7 @@ static void check_gic(void)
 		return;
 	}
 	if (!(read_reg("id_aa64pfr0_el1") >> 24 & 15)) {
-		skip("GIC: no interrupt is active", "no system registers, and not told where it is");
+		skip("GIC: no interrupt is active", "no registers, and not told where it is");
 		return;
 	}
 	/* At EL2, ICC_SRE_EL1 only counts if ICC_SRE_EL2 lets it */
@@ -323,7 +331,7 @@ static void describe(const struct inspector_range *r, uint64_t addr, uint64_t wo
 		put("\n");
 		return;
 	}
-	found = *(volatile uint64_t *)(addr & ~7UL);
+	found = *(uint64_t *)(addr & ~7UL);
 	expected = expected_word(r, addr & ~7UL);
 	/* From the word to the byte, in which @addr may be already */
 	while (((found ^ expected) >> 8 * (addr & 7) & 0xff) == 0)
@@ -338,7 +346,7 @@ static void describe(const struct inspector_range *r, uint64_t addr, uint64_t wo
 
 static uint64_t difference(const struct inspector_range *r, uint64_t addr)
 {
-	return *(volatile uint64_t *)addr ^ expected_word(r, addr);
+	return *(uint64_t *)addr ^ expected_word(r, addr);
 }
 
 static bool check_range(const struct inspector_range *r, bool show)
@@ -347,7 +355,7 @@ static bool check_range(const struct inspector_range *r, bool show)
 	uint64_t first = 0, words = 0, mask;
 
 	if (r->contents == INSPECT_CRC32C) {
-		uint64_t base = r->kind == INSPECT_SELF ? (uint64_t)_start : 0;
+		uint64_t base = r->kind == INSPECT_SELF ? (uint64_t)inspector_start : 0;
 		uint32_t crc = crc32c(crc_of_byte, ~0, (void *)(base + r->start), r->size);
 
 		if (crc != r->value && show)
@@ -416,7 +424,6 @@ void inspect(const struct entry_state *s)
 
 	if (inspector_args.magic != INSPECTOR_MAGIC)
 		return;		/* it can't tell where to report that */
-	number = failed = exceptions = 0;
 	crc32c_table(crc_of_byte);
 
 	put("\nTAP version 13\n1..");

@@ -107,6 +107,10 @@ struct inspector_args {
 	struct inspector_range ranges[];
 };
 
+/* Of the inspector, for itself: where it is, and what it was told */
+extern const char inspector_start[];
+extern struct inspector_args inspector_args;
+
 /**
  * inspector_pattern() - what a word of memory holds
  * @addr: physical address, a multiple of 8
@@ -150,9 +154,9 @@ static inline void crc32c_table(uint32_t table[256])
  * Return: the new CRC.
  */
 static inline uint32_t crc32c(const uint32_t table[256], uint32_t crc,
-			      const volatile void *from, uint64_t size)
+			      const void *from, uint64_t size)
 {
-	const volatile uint8_t *byte = from;
+	const uint8_t *byte = from;
 
 	while (size--)
 		crc = crc >> 8 ^ table[(crc ^ *byte++) & 0xff];

@@ -14,8 +14,8 @@
 	.endm
 
 	.section .head, "ax"
-	.global	_start
-_start:
+	.global	inspector_start
+inspector_start:
 	b	1f
 	.long	0
 	.quad	0			// text_offset
@@ -63,7 +63,7 @@ _start:
 	stp	x8, x9, [x4, #48]
 	stp	x5, x6, [x4, #64]
 	mrs	x7, isr_el1
-	adr	x8, _start
+	adr	x8, inspector_start
 	stp	x7, x8, [x4, #80]
 	msr	spsel, #1
 	addr_of	x5, inspector_stack + INSPECTOR_STACK
