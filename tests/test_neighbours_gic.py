@@ -17,7 +17,7 @@ from lab.gdb import Gdb, options
 from lab.handover import BadHandover, handover, load, verify, verify_first
 from lab.kdump import crash_and_verify
 from lab.kload import MIB, kernel_and_initrd, kload, pages_of, tree_before
-from lab.machine import BOOTING, GuestFailure, Machine, TimeoutFailure
+from lab.machine import BOOTING, GuestFailure, Machine
 from lab.stage import read_symbols
 
 pytestmark = pytest.mark.neighbours
@@ -132,7 +132,7 @@ def test_mainline_wipes_its_image(machine: Machine) -> None:
     """The peer: a kernel takes its own text for the tables, and is gone."""
     load_onto_the_tables(machine, "image")
     machine.silence = 20.0
-    with pytest.raises(TimeoutFailure):
+    with pytest.raises(GuestFailure):
         machine.exec()
     assert PREALLOCATED in own_log(machine)
 
