@@ -38,8 +38,9 @@ MEMORY = 512  # MiB of a machine: half of it is quick to look at
 RANGES = 6000  # of watched memory that the inspector is told of, at most
 KERNEL = 16 * MIB  # of the running one: its Image, at least
 SYSTEM = 48 * MIB  # what the guest needs for itself
-LIMIT = 45.0  # seconds until a case is over
-TRIES = 60  # smaller cases that are tried when one fails
+LIMIT = 60.0  # seconds until a case is over
+TRIES = 60  # smaller cases that are tried when one fails,
+PATIENCE = 600.0  # and seconds that this may take
 SHAPES = ("scattered", "adjacent", "kernel", "large", "edge")
 EXECUTED = re.compile(r"^# inspector: parked$", re.M)
 REFUSED = re.compile(r"lab: kload (\d+) ?(.*)")
@@ -384,7 +385,8 @@ def fuzz(arena: Arena, seed: int, numbers: range, corpus: Path | None = CORPUS) 
 
 def failure(arena: Arena, case: Case, outcome: Outcome, repeat: str, corpus: Path | None) -> LabError:
     """The error for a case that fails, after it was made smaller and kept in the folder `corpus`."""
-    smallest = shrink(case, lambda smaller: arena.run(smaller).verdict == "bad")
+    end = time.monotonic() + PATIENCE
+    smallest = shrink(case, lambda smaller: time.monotonic() < end and arena.run(smaller).verdict == "bad")
     text = [f"of {len(case.pieces) + 1} segments, {len(smallest.pieces) + 1} are left:",
             statements(arena.cell, smallest), "what became of the whole case:", outcome.why[:3000],
             f"again: ./kexec-lab fuzz --cell {arena.cell.name} {repeat}"]

@@ -37,7 +37,7 @@ class Waiver:
 
 WAIVERS = (
     Waiver("MISSING_SIGN_OFF", "", "whoever mails the series signs it off"),
-    Waiver("CAMELCASE", "<(CurrentEL|SPSel)>", "names of system registers"),
+    Waiver("CAMELCASE", "<(CurrentEL|SPSel|_Noreturn)>", "names of system registers, and a keyword of C"),
     Waiver("CAMELCASE", "<Unlock>", "a label that kernel_kexec() has"),
     Waiver("LEADING_SPACE", r"\| \+  DEFINE\(", "the way asm-offsets.c is indented"),
     Waiver("DEFINE_ARCH_HAS", "'ARCH_HAS_KIMAGE_ARCH'", "the name by which linux/kexec.h asks for it"),
