@@ -904,6 +904,17 @@ static void the_last_physical_page(struct kunit *test)
 	}
 }
 
+/* A table full of the largest blocks: only FEAT_LPA or FEAT_LPA2 have one for it */
+static void no_larger_blocks(struct kunit *test)
+{
+	u64 size = BIG * (PAGE / 8);
+	struct span range = { size, size, size };
+
+	for (unsigned int i = 0; i < ARRAY_SIZE(depths); i++)
+		if (2 * size <= BIT_ULL(depths[i]))
+			expect_mapped(test, depths[i], &range, 1);
+}
+
 static void entries_are_never_replaced(struct kunit *test)
 {
 	/* A big block, a block, two pages: not where the others would have them */
@@ -1099,6 +1110,7 @@ static struct kunit_case trans_pgd_test_cases[] = {
 	KUNIT_CASE_PARAM(memory_in_the_linear_map, memory_gen_params),
 	KUNIT_CASE_PARAM(code_in_the_identity_map, code_gen_params),
 	KUNIT_CASE(the_last_physical_page),
+	KUNIT_CASE(no_larger_blocks),
 	KUNIT_CASE_PARAM(allocator_fails_for_ranges, layout_gen_params),
 	KUNIT_CASE_PARAM(allocator_fails_for_memory, memory_gen_params),
 	KUNIT_CASE(allocator_fails_for_code),
