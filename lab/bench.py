@@ -45,7 +45,6 @@ SIZES = (16, 64, 256, 512)  # MiB
 MEMORY = 8192  # MiB
 DESTINATION = 0x80000000
 FILL = 0x14  # an image of 0x14141414: a branch, and how the plugin knows it
-SCATTER = 4096  # MiB that single pages are made of
 PATIENCE = 300.0  # seconds for a relocation
 
 # Load
@@ -101,7 +100,7 @@ def relocate(built: Built, archives: Guest, mib: int, verify: bool, scattered: b
         with Machine(cell, built, archives, extra=extra, report=lambda text: None) as m:
             m.hello()
             request = statements([Segment(DESTINATION, mib * MIB, f"fill {FILL} {mib * MIB}")])
-            answer = call(m, request + (f"\nscatter {SCATTER}" if scattered else ""))
+            answer = call(m, request + (f"\nscatter {2 * mib + 64}" if scattered else ""))
             if answer != "0":
                 raise LabError(f"{mib} MiB can't be loaded: {answer}", str(m.console))
             leave = "(sleep 0.3; exec kexec -e) >/dev/null 2>&1 &"
