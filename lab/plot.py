@@ -40,10 +40,10 @@ def bench(counted: "list[Relocation]", timed: "list[Load]", folder: Path) -> Non
     kernels = list(dict.fromkeys(one.kernel for one in timed))
     for output, title, label, loader in (
             ("bench-tables.svg", "Page tables held between load and execution", "pages", "load"),
-            ("bench-load.svg", "Time of kexec_file_load(), emulated", "ms", "file")):
+            ("bench-load.svg", "Instructions of kexec_file_load()", "millions", "file")):
         blocks, curves = "", []
         for number, kernel in enumerate(kernels):
-            points = [(one.memory / 1024, one.tables if label == "pages" else one.milliseconds)
+            points = [(one.memory / 1024, one.tables if label == "pages" else one.millions)
                       for one in timed if one.kernel == kernel and one.loader == loader]
             blocks += _block(f"k{number}", points)  # type: ignore[arg-type]
             curves.append(f"$k{number} using 1:2 with linespoints lw 2 title '{kernel}'")
