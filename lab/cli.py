@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable, NoReturn
 
-from lab import base, build, cells, host, lock, mutants, paths, proc, say, series, tree
+from lab import base, build, cells, host, lock, mutants, paths, say, series, tree
 from lab.errors import LabError, UsageError
 from lab.kdump import CRASHES
 from lab.mutants import MUTANTS

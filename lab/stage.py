@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from lab import host, proc, qemu, say
 from lab.build import Built
@@ -28,6 +28,9 @@ from lab.gdb import Gdb, options
 from lab.guest import Guest
 from lab.handover import load
 from lab.machine import Machine
+
+if TYPE_CHECKING:
+    from lab.faults import Fault
 
 PAGE = 4096  # the cells here have 4 KiB pages
 ARGS = 4096  # KEXEC_ARGS_OFFSET

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import base, build, paths, proc, series, tree
+from lab import build, paths, proc, series, tree
 from lab.base import Source
 from lab.cells import KERNELS
 
