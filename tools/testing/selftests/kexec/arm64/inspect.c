@@ -409,7 +409,8 @@ static bool watched_moved(void)
 	return moved;
 }
 
-static void hold(unsigned long size)
+/* Memory in single pages, which this process keeps */
+static char *hold(unsigned long size)
 {
 	char *p = anonymous(size, 0);
 	unsigned long i;
@@ -417,16 +418,14 @@ static void hold(unsigned long size)
 	syscall(__NR_madvise, p, size, NO_HUGE_PAGES);
 	for (i = 0; i < size; i += page)
 		p[i] = 1;
+	return p;
 }
 
 static void fragment(unsigned long size)
 {
-	char *p = anonymous(size, 0);
+	char *p = hold(size);
 	unsigned long i;
 
-	syscall(__NR_madvise, p, size, NO_HUGE_PAGES);
-	for (i = 0; i < size; i += page)
-		p[i] = 1;
 	for (i = 0; i < size; i += 2 * page)
 		syscall(__NR_madvise, p + i, page, DONT_NEED);
 }
