@@ -29,7 +29,7 @@ from lab.cli import FUZZ_CELL as DEFAULT
 from lab.errors import LabError, UsageError
 from lab.guest import Guest
 from lab.kload import Segment
-from lab.machine import OUT_LOCK, Machine, find_panic
+from lab.machine import Machine, find_panic
 
 CORPUS = paths.ROOT / "tests" / "corpus"
 MIB = 1 << 20
@@ -413,7 +413,7 @@ def main(args: argparse.Namespace) -> int:
     if args.mainline:
         cell = replace(cell, kernel=replace(cell.kernel, patched=False))
     seed = random.randrange(1 << 32) if args.seed is None else args.seed
-    with lock.held(OUT_LOCK, "this checkout's out/"):
+    with lock.held(paths.OUT_LOCK, "this checkout's out/"):
         host.require("base", "build", "boot")
         built = build.build(cell.kernel, base.source(args.kernel_src))
         with Arena(cell, built, guest.build()) as arena:
