@@ -31,6 +31,7 @@ KIND = 0x3C  # mask: all of DFSC but the level
 
 # Of a 16550: number of the line status register, its bit "there is room"
 LSR, THRE = 5, 0x20
+ROOM = 1000  # characters, more than a report has
 
 # Instructions
 UDF = 0x00000000
@@ -372,8 +373,11 @@ def written_to_16550(scene: Scene, ready: bool) -> tuple[str, bytes]:
     gdb.set_watch(base, 1)
     text, first = "", b""
     gdb.resume()
-    while gdb.wait(LIMIT / 2):
+    while gdb.wait(LIMIT / 2) and len(text) < ROOM:
         text += chr(gdb.register("x2") & 0xFF)
+        gdb.clear_watch(base, 1)
+        gdb.step()  # QEMU stops in front of the store, and would do so again
+        gdb.set_watch(base, 1)
         first = first or gdb.read(base, 8)
         gdb.resume()
     gdb.interrupt()
