@@ -15,7 +15,7 @@ pytestmark = pytest.mark.selftests
 
 NAMES = ("4k-va48-vhe", "4k-va48-el1", "4k-va48-nvhe", "64k-va52-vhe", "64k-va52-el1", "64k-va52-nvhe",
          "4k-va48-vhe-holes", "64k-va52-el1-holes")
-BASE = replace(CELLS["4k-va48-el1"], name="4k-va48-el1-base", kernel=KERNELS["4k-va48-base"])
+BASE = replace(CELLS["4k-va48-el1"], name="4k-va48-el1-base", kernel=KERNELS["4k-va48-base"], core=False)
 CHECKS = 51
 
 # What mainline lets pass, to fault beyond the point of no return, or to be cut
