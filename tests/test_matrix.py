@@ -12,7 +12,7 @@ from lab.handover import LOADERS, Handover, handover
 from lab.machine import Machine
 
 TABLES = 16  # pages, whatever the memory
-PLAIN = {"4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1", "64k-va52-vhe", "64k-va52-nvhe", "64k-va52-el1"}
+PLAIN = ("4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1", "64k-va52-vhe", "64k-va52-nvhe", "64k-va52-el1")
 MAINLINE = [replace(CELLS[name], name=f"{name}-base", kernel=KERNELS["4k-va48-base"], core=False)
             for name in ("4k-va48-vhe-512m", "4k-va48-vhe-1537m", "4k-va48-vhe", "4k-va48-vhe-16g", "4k-va48-vhe-64g")]
 
