@@ -38,8 +38,6 @@ UDF = 0x00000000
 HVC = 0xD4000002
 SCTLR = 0xD5181000  # msr sctlr_el1, x0
 BRK = 0xD4202000  # brk #FAULT_BRK_IMM
-STP, PAIR_MASK = 0xA9000000, 0xFFC00000
-CRC32CX, CRC_MASK = 0x9AC05C00, 0xFFE0FC00
 BAD_CALL = 0xD2800EE0  # mov x0, #0x77: a hypercall that nobody serves
 LOAD_NULL = (0xAA1F03E0, 0xF9400000)  # mov x0, xzr; ldr x0, [x0]
 SELF_IRQ = (0xD2800020, 0xD518CBA0, 0xD5033FDF, 0xD50342FF)
@@ -471,18 +469,6 @@ def differences_corrupt(expected: Corrupt, match: re.Match[str] | None) -> list[
     if now == at_load or expected.change not in (None, at_load ^ now):
         wrong.append(f"CRC32C {at_load:#x}, now {now:#x}: that is not a change by {expected.change}")
     return wrong
-
-
-def copy_loops(text: tuple[int, ...]) -> tuple[int, int]:
-    """Instructions in one round of the plain and of the verifying copy loop, 64 bytes each."""
-    lengths = {}
-    for end, word in enumerate(text):
-        back = -(word >> 5 | -(1 << 19)) if word >> 23 == 0b010101001 else 0  # b.cond, to an earlier address
-        body = text[end - back:end + 1]
-        stores = sum(instruction & PAIR_MASK == STP for instruction in body)
-        if back and stores == 4:
-            lengths[any(instruction & CRC_MASK == CRC32CX for instruction in body)] = len(body)
-    return lengths[False], lengths[True]
 
 
 # What ours and mainline make of it

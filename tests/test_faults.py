@@ -13,7 +13,7 @@ from lab import qemu
 from lab.cells import CELLS, Cell
 from lab.crc import crc32c
 from lab.faults import (BEYOND, CALL, CALL_LIST, IN_PLACE, LIMIT, MACHINES, REFUSAL, REPORT, SLOTS, UDF, Fault,
-                        at_slot, copy_loops, differences, differences_corrupt, written_to_16550)
+                        at_slot, differences, differences_corrupt, written_to_16550)
 from lab.handover import handover
 from lab.kload import Segment, kload
 from lab.stage import PAGE, PARK, Scene, Stage
@@ -176,15 +176,6 @@ def test_without_a_fault(cell: Cell, stages: Callable[[Cell], Stage]) -> None:
 
 
 # What verification costs
-
-@pytest.mark.cells(CELLS["4k-va48-vhe"])
-def test_cost_in_the_copy_loop(cell: Cell, stages: Callable[[Cell], Stage]) -> None:
-    """Instructions per 64 bytes: at most ten more than without verification."""
-    stage = stages(cell)
-    plain, verified = copy_loops(stage.at_entry(0).text)
-    stage.machine.report(f"   {plain} instructions per 64 bytes, {verified} with verification")
-    assert plain < verified <= plain + 10
-
 
 @pytest.mark.cells(CELLS["4k-va48-vhe"])
 def test_cost_before_shutdown(cell: Cell, lab: Lab) -> None:

@@ -24,7 +24,6 @@
 
 #include <asm/arch_timer.h>
 #include <asm/byteorder.h>
-#include <asm/kexec.h>
 
 static const char kexec_timing_name[] = "linux,kexec-timing";
 

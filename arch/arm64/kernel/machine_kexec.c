@@ -15,6 +15,7 @@
 #include <linux/build_bug.h>
 #include <linux/cacheflush.h>
 #include <linux/cpu.h>
+#include <linux/cpufeature.h>
 #include <linux/errno.h>
 #include <linux/kexec.h>
 #include <linux/list.h>
@@ -30,7 +31,6 @@
 #include <linux/stdarg.h>
 #include <linux/string.h>
 
-#include <asm/cpufeature.h>
 #include <asm/daifflags.h>
 #include <asm/memory.h>
 #include <asm/sections.h>
