@@ -66,7 +66,7 @@ def test_corpus(arena: Arena, path: Path) -> None:
 
 # A bug that is planted
 
-PRFM = 0xF9810101  # prfm pldl1strm, [x8, #512]: begins the plain copy loop, and then the one that verifies
+PRFM = 0xF9810101  # prfm pldl1strm, [x8, #512]: twice in the plain copy loop, once in the one that verifies
 CBNZ = 0xB500000F  # cbnz x15, ...
 
 
@@ -80,14 +80,15 @@ def skip_last_page(built: Built, folder: Path) -> Built:
     image = bytearray(built.image.read_bytes())
     start = symbols["arm64_relocate_new_kernel"] - symbols["_text"]
     words = list(struct.unpack_from("<512I", image, start))
-    plain, verifying = [index for index, word in enumerate(words) if word == PRFM]
+    plain, _, verifying = [index for index, word in enumerate(words) if word == PRFM]
     assert words[plain - 1] & 0xFF00001F == CBNZ
     words[plain - 1] = 0xD503201F  # nop
-    words[plain:plain + 5] = [0xF94002A0,  # ldr x0, [x21]: the next entry
+    words[plain:plain + 6] = [0xF94002A0,  # ldr x0, [x21]: the next entry
                               0x37180000 | verifying - plain - 1 << 5,  # tbnz x0, #IND_SOURCE_BIT
                               0x37080000 | verifying - plain - 2 << 5,  # tbnz x0, #IND_INDIRECTION_BIT
                               0xAA0803E9,  # mov x9, x8
-                              0x14000000 | verifying - plain - 4]  # b
+                              0x9140050B,  # add x11, x8, #4096: the end of the loop
+                              0x14000000 | verifying - plain - 5]  # b
     struct.pack_into("<512I", image, start, *words)
     path = folder / "Image"
     path.write_bytes(image)
