@@ -213,13 +213,6 @@ def machine() -> str:
     return f"{platform.machine()}, {os.cpu_count()} CPUs, {version}"
 
 
-def columns(rows: list[tuple[str, ...]]) -> str:
-    """Rows as a table, the first of them its head, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))])
-                     for row in rows)
-
-
 def relocation_table(counted: list[Relocation]) -> str:
     """What a line of 64 bytes takes, and what a relocation does."""
     rows = [("RELOCATION", "MIB", "PAGES", "INSNS/LINE", "LOADS", "STORES", "UNCACHED", "FETCHED/MIB", "DC ZVA",
@@ -232,7 +225,7 @@ def relocation_table(counted: list[Relocation]) -> str:
                      f"{c.lines_fetched / one.mib:.0f}", str(c.classes["dc_zva"]), str(c.classes["dc_civac"]),
                      str(c.classes["prefetch"]), str(c.barriers), str(c.classes["tlbi"]),
                      str(c.classes["ic_iallu"] + c.classes["ic_other"])))
-    return columns(rows)
+    return "\n".join(say.columns(rows, 1))
 
 
 def load_table(timed: list[Load]) -> str:
@@ -241,4 +234,4 @@ def load_table(timed: list[Load]) -> str:
     for one in timed:
         tables = ("-", "-") if one.tables is None else (str(one.tables), str(one.tables * PAGE))
         rows.append((one.kernel, str(one.memory), one.loader, f"{one.millions:.0f}", str(one.pages), *tables))
-    return columns(rows)
+    return "\n".join(say.columns(rows, 1))

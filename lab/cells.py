@@ -61,6 +61,11 @@ class Cell:
     def has_its(self) -> bool:
         return self.kernel.patched if self.its is None else self.its
 
+    @property
+    def entered_at(self) -> int:
+        """The exception level at which a kernel has to be entered: the highest there is."""
+        return 1 if self.el == "el1" else 2
+
 
 K4_39, K4_48, K4_52 = (Kernel(4, va) for va in VA_BITS[4])
 K16_47, K16_52 = (Kernel(16, va) for va in VA_BITS[16])
@@ -152,6 +157,7 @@ def _all() -> list[Cell]:
 
 CELLS: dict[str, Cell] = {cell.name: cell for cell in _all()}
 DEFAULT = CELLS["4k-va48-vhe"]
+FUZZED = CELLS["4k-va48-nvhe"]  # its exit is the longest
 
 KERNELS: dict[str, Kernel] = {cell.kernel.name: cell.kernel for cell in CELLS.values()}
 # Mainline's own implementation, to measure against.

@@ -46,8 +46,6 @@ examples:
   ./kexec-lab --dry-run run                what 'run' would do, without doing it
 """
 
-FUZZ_CELL = "4k-va48-nvhe"  # its exit is the longest
-
 LOADERS = {"load": ("load", "load-nocheck"), "file": ("file",), "both": ("load", "load-nocheck", "file")}
 
 
@@ -105,8 +103,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--keep", action="store_true", help="copy what was found to bench/")
     _base_options(bench)
     fuzz = add("fuzz", _module("fuzz"), "load random lists of segments, and look at what arrives")
-    fuzz.add_argument("--cell", metavar="NAME", default=FUZZ_CELL,
-                      help=f"kernel and machine (default: {FUZZ_CELL}; './kexec-lab cells' lists them)")
+    fuzz.add_argument("--cell", metavar="NAME", default=cells.FUZZED.name,
+                      help=f"kernel and machine (default: {cells.FUZZED.name}; './kexec-lab cells' lists them)")
     fuzz.add_argument("--count", type=int, default=200, metavar="N", help="how many (default: 200)")
     fuzz.add_argument("--seed", type=int, metavar="S", help="the same cases for the same number (default: any)")
     fuzz.add_argument("--start", type=int, default=0, metavar="N", help="begin with this one of the seed (default: 0)")
@@ -261,9 +259,7 @@ def _cells(args: argparse.Namespace) -> int:
         further = " ".join(cell.append) + (" holes" if cell.holes else "") + (" (core)" if cell.core else "")
         rows.append((cell.name, cell.el, cell.cpu, str(cell.cpus), f"{cell.memory} MiB", cell.rodata,
                      "on" if cell.kaslr else "off", further.strip()))
-    widths = [max(len(row[column]) for row in rows) for column in range(7)]
-    for row in rows:
-        print("  ".join(value.ljust(width) for value, width in zip(row, widths)) + "  " + row[7])
+    print("\n".join(say.columns(rows)))
     print(f"\nkernels: {' '.join(cells.KERNELS)}\n(core): part of a plain 'check'; the others with 'check --all'")
     return 0
 

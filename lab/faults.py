@@ -497,7 +497,7 @@ def describe(outcome: Outcome, cell: Cell, archives: Guest) -> str:
     else:
         said = "silent"
     if outcome.hello:
-        if outcome.hello["el"] != (1 if cell.el == "el1" else 2):
+        if outcome.hello["el"] != cell.entered_at:
             return "booted at the wrong EL"
         return "booted, not noticed" if outcome.hello["payload"] == archives.payload else "booted corrupt"
     if "Kernel panic" in outcome.text:
@@ -541,7 +541,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
     """Rows as a simple table in reStructuredText; the first one is the heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     line = "  ".join("=" * width for width in widths)
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    text = say.columns(rows)
     return "\n".join([line, text[0], line, *text[1:], line])
 
 

@@ -22,10 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Callable, Iterator
 
-from lab import base, build, cells, guest, host, inspector, kload, lock, paths, proc, qemu, say
+from lab import base, build, cells, guest, host, inspector, kload, lock, paths, qemu, say
 from lab.build import Built
 from lab.cells import Cell
-from lab.cli import FUZZ_CELL as DEFAULT
 from lab.errors import LabError, UsageError
 from lab.guest import Guest
 from lab.kload import Segment
@@ -180,8 +179,8 @@ def statements(cell: Cell, case: Case) -> str:
     further = [f"{word} {size}" for word, size in (("hold", case.hold), ("fragment", case.fragment)) if size]
     if case.watch:
         further.append(f"watch {case.watch} 99")
-    return "\n".join([kload.statements(segments, case.at), f"uart pl011 {inspector.UART:#x}",
-                      f"el {1 if cell.el == 'el1' else 2}", "end park", *further, "exec", ""])
+    return "\n".join([kload.statements(segments, case.at), *inspector.expected(cell), "end park", *further,
+                      "exec", ""])
 
 
 # Trying it
@@ -208,7 +207,7 @@ class Arena:
         self.world = World(self.cell.kernel.pages * 1024, start, start + self.cell.memory * MIB,
                            kload.kernel_base(self.machine))
         if self._saves:
-            self._monitor("savevm booted")
+            self.machine.snapshot("savevm booted")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -219,28 +218,19 @@ class Arena:
         self._running.close()
         with ExitStack() as stack:
             disk = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lab."))) / "snapshots"
-            proc.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "1M"])
-            extra = ["-drive", f"if=none,id=snapshots,format=qcow2,file={disk},cache=unsafe"]
             quiet = (lambda text: None) if hasattr(self, "machine") else self._report
             self.machine = m = stack.enter_context(Machine(self.cell, self._built, self._guest, name=self._name,
-                                                           report=quiet, extra=extra))
+                                                           report=quiet, extra=qemu.snapshots(disk)))
             m.hello()
             inspector.put(m)
             m.sh("echo 0 >/proc/sys/kernel/panic")  # what fails is to stay
             self._running = stack.pop_all()
 
-    def _monitor(self, command: str) -> None:
-        said = self.machine.qmp("human-monitor-command", **{"command-line": command})
-        if said.strip():
-            raise LabError(f"QEMU says '{said.strip()}' to '{command}'")
-
     def run(self, case: Case) -> Outcome:
         """Put the machine back, load `case` and leave for it."""
         begin = time.monotonic()
         if self._saves:
-            self._monitor("loadvm booted")
-            while self.machine.heard(0):
-                pass
+            self.machine.snapshot("loadvm booted")
         else:
             self._boot()
         m = self.machine

@@ -120,7 +120,7 @@ def verify(m: Machine, hello: Hello, since: int = 0) -> None:
 def check_facts(cell: Cell, hello: Hello) -> list[str]:
     """What about a kernel is not as its cell demands, whoever booted it."""
     wrong = []
-    expected = 1 if cell.el == "el1" else 2
+    expected = cell.entered_at
     if hello.el != expected:
         wrong.append(f"the CPUs started at EL{hello.el}, not EL{expected}")
     mode = re.compile(rf"\b{KVM[cell.el]}")

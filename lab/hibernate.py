@@ -34,10 +34,11 @@ class Cycle:
 
 
 def machine_for(cell: Cell, **fields: object) -> Cell:
-    """`cell` with as little memory as fits."""
-    fields = {"memory": MEMORY} | fields
-    # v7.3 does not program a redistributor's LPI tables again when it resumes, and warns of what it takes for LPIs.
-    fields = {"its": False} | fields
+    """`cell` with as little memory as fits.
+
+    Without an ITS: v7.3 does not program a redistributor's LPI tables again when it resumes, and warns.
+    """
+    fields = {"memory": MEMORY, "its": False} | fields
     return replace(cell, name=f"{cell.name}-hibernate", **fields)  # type: ignore[arg-type]
 
 

@@ -70,20 +70,23 @@ def put(m: Machine) -> None:
     m.put(FILE, (selftests.install() / selftests.TARGET / "inspector").read_bytes())
 
 
+def expected(cell: Cell) -> list[str]:
+    """What kload has to be told of a cell's machine: where the report goes, and which EL is to be entered."""
+    return [f"uart pl011 {UART:#x}", f"el {cell.entered_at}"]
+
+
 def statements(cell: Cell, at: int, segments: Sequence[Segment], further: Sequence[str] = (), ranges: int = 1000,
                entry: int | None = None) -> str:
     """What kload has to be told to have the inspector at physical address `at` look at `segments`."""
     page = cell.kernel.pages * 1024
     own = Segment(at, room(page, ranges), f"inspector {FILE}")
-    el = 1 if cell.el == "el1" else 2
-    return "\n".join([kload.statements([own, *segments], at if entry is None else entry),
-                      f"uart pl011 {UART:#x}", f"el {el}", *further, "exec", ""])
+    return "\n".join([kload.statements([own, *segments], at if entry is None else entry), *expected(cell), *further,
+                      "exec", ""])
 
 
 def file_statements(cell: Cell) -> str:
     """The same for kexec_file_load(), which puts it where it likes, with a device tree."""
-    return "\n".join([f"kernel inspector {FILE}", "cmdline 1", f"uart pl011 {UART:#x}",
-                      f"el {1 if cell.el == 'el1' else 2}", "exec", ""])
+    return "\n".join([f"kernel inspector {FILE}", "cmdline 1", *expected(cell), "exec", ""])
 
 
 def inspect(m: Machine, text: str) -> Report:

@@ -349,8 +349,7 @@ class Machine:
         since = len(self.log())
         begin = time.monotonic()
         self._send(script)
-        assert self._qemu
-        while self._qemu.poll() is None:
+        while not self.ended():
             message = self._port.poll(0.1)
             if message:
                 raise CommandFailed(f"'{script}' came back (exit {message.get('rc')}): {message['out']}", self)
@@ -389,6 +388,18 @@ class Machine:
             self._ask("qmp_capabilities", {})
             self._negotiated = True
         return self._ask(command, arguments)
+
+    def monitor(self, command: str) -> str:
+        """What QEMU says to a command of its monitor for people, where QMP has none as handy."""
+        return self.qmp("human-monitor-command", **{"command-line": command}).strip()
+
+    def snapshot(self, command: str) -> None:
+        """Save ("savevm NAME") or put back ("loadvm NAME") a machine that has qemu.snapshots(). Raises LabError."""
+        if said := self.monitor(command):
+            raise LabError(f"QEMU says '{said}' to '{command}'", str(self.console))
+        if command.startswith("loadvm"):
+            while self.heard(0):  # what was said before
+                pass
 
     def _ask(self, command: str, arguments: dict[str, Any]) -> Any:
         print(json.dumps({"execute": command, "arguments": arguments}), file=self._qmp, flush=True)

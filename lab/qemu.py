@@ -96,6 +96,12 @@ def scratch_disk(name: str, path: Path, cell: Cell) -> list[str]:
             "-device", f"virtio-blk-device,drive={name},serial={name}"]
 
 
+def snapshots(path: Path) -> list[str]:
+    """Options for a disk, made at `path`, that snapshots of the machine go to."""
+    proc.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1M"])
+    return ["-drive", f"if=none,id=snapshots,format=qcow2,file={path},cache=unsafe"]
+
+
 def holes(memory: int) -> list[tuple[int, int]]:
     """Physical address and size of the no-map holes in a machine with `memory` MiB.
 

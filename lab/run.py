@@ -62,8 +62,7 @@ def table(handovers: list[Handover]) -> str:
         figures = (one.table_pages, one.bytes_moved, one.bytes_in_place)
         rows.append((one.loader, "yes" if one.ok else "NO", f"{one.seconds:.1f}",
                      *("-" if figure is None else str(figure) for figure in figures), *_phases(one.timing)))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(value.ljust(width) for value, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(say.columns(rows))
 
 
 def _phases(said: Timing | None) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Iterator, Sequence
 
 START = time.monotonic()
 INTERVAL = 5.0  # seconds between two progress lines of one task
@@ -35,6 +35,14 @@ def phase(name: str) -> Iterator[None]:
         outcome = ""
     finally:
         info(f"   {name}: {outcome}{time.monotonic() - begin:.1f} s")
+
+
+def columns(rows: Sequence[tuple[str, ...]], numbers_from: int | None = None) -> list[str]:
+    """Lines of a table, the first of `rows` its head; from column `numbers_from` on to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    last = len(widths) if numbers_from is None else numbers_from
+    return ["  ".join(value.ljust(width) if number < last else value.rjust(width)
+                      for number, (value, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
 
 
 def progress(done: int, total: int, what: str) -> None:

@@ -257,9 +257,7 @@ class Stage:
     def __enter__(self) -> "Stage":
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lab.")))
-            disk = folder / "snapshots"
-            proc.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, "1M"])
-            extra = [*options(folder / "gdb"), "-drive", f"if=none,id=snapshots,format=qcow2,file={disk}",
+            extra = [*options(folder / "gdb"), *qemu.snapshots(folder / "snapshots"),
                      "-chardev", f"socket,id=events,path={folder / 'events'},server=on,wait=off",
                      "-mon", "chardev=events,mode=control"]
             self.machine = stack.enter_context(Machine(self.cell, self.built, self._guest, name=self._name,
@@ -299,13 +297,11 @@ class Stage:
         if not self._saved:
             self.machine.sh("echo 0 >/proc/sys/kernel/panic")
             self._leave("machine_kexec")
-            self._monitor("savevm leaving")
+            self.machine.snapshot("savevm leaving")
             self._saved = True
         self.gdb.interrupt()
-        self._monitor("loadvm leaving")
+        self.machine.snapshot("loadvm leaving")
         self.events.take()
-        while self.machine.heard(0):
-            pass
         if panic:
             self.gdb.write(self.symbols["panic_timeout"], struct.pack("<i", panic), virtual=True)
         self._enter()
@@ -421,12 +417,6 @@ class Stage:
 
     def _read(self, symbol: str) -> int:
         return int.from_bytes(self.gdb.read(self.symbols[symbol], 8, virtual=True), "little")
-
-    def _monitor(self, command: str) -> None:
-        """A command that QMP does not have in a handy form. Raises LabError if QEMU complains."""
-        said = self.machine.qmp("human-monitor-command", **{"command-line": command})
-        if said.strip():
-            raise LabError(f"QEMU says '{said.strip()}' to '{command}'")
 
 
 def enter(gdb: Gdb, start: int, console: str) -> int:

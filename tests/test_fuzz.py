@@ -13,7 +13,7 @@ import pytest
 from conftest import Lab
 from lab import fuzz
 from lab.build import Built
-from lab.cells import CELLS, Cell
+from lab.cells import CELLS, FUZZED, Cell
 from lab.errors import LabError
 from lab.fuzz import CORPUS, Arena, Case, Piece, World, generate, judge, shrink
 from lab.stage import read_symbols
@@ -34,7 +34,7 @@ def arena(cell: Cell, lab: Lab, request: pytest.FixtureRequest) -> Iterator[Aren
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.cells(CELLS[fuzz.DEFAULT])
+@pytest.mark.cells(FUZZED)
 def test_fixed(arena: Arena) -> None:
     """The same 200 cases every time. Most of them fit, so that something is executed."""
     tally = fuzz.fuzz(arena, SEED, range(200))
@@ -56,7 +56,7 @@ def test_other_pages_and_levels(arena: Arena) -> None:
 
 
 @pytest.mark.parametrize("path", KEPT, ids=[path.stem for path in KEPT])
-@pytest.mark.cells(CELLS[fuzz.DEFAULT])
+@pytest.mark.cells(FUZZED)
 def test_corpus(arena: Arena, path: Path) -> None:
     """What failed once, on whatever kernel."""
     _, case = fuzz.parse(path.read_text())
@@ -96,7 +96,7 @@ def skip_last_page(built: Built, folder: Path) -> Built:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.cells(CELLS[fuzz.DEFAULT])
+@pytest.mark.cells(FUZZED)
 def test_finds_what_is_planted(cell: Cell, lab: Lab, tmp_path: Path) -> None:
     """Found within a few cases, down to the inspector and one segment at most, kept, and repeated from there."""
     assert lab.guest
@@ -163,7 +163,7 @@ def test_shrinking_keeps_what_matters() -> None:
 
 def test_the_corpus_holds_what_was_put_in() -> None:
     case = generate(3, 3, WORLD)
-    assert fuzz.parse(fuzz.dump(CELLS[fuzz.DEFAULT], case, "why\nnot")) == (fuzz.DEFAULT, case)
+    assert fuzz.parse(fuzz.dump(FUZZED, case, "why\nnot")) == (FUZZED.name, case)
     for text in ("", "{}", '{"cell": "x", "case": {"pieces": [1]}}'):
         with pytest.raises(LabError, match="not a case"):
             fuzz.parse(text)

@@ -126,7 +126,7 @@ def assemble(code: str, el: int, folder: Path) -> bytes:
 
 
 def enter_by(machine: Machine, cell: Cell, wrong: Wrong, folder: Path, further: tuple[str, ...] = ()) -> Report:
-    machine.put("/tmp/code", assemble(wrong.code, 1 if cell.el == "el1" else 2, folder))
+    machine.put("/tmp/code", assemble(wrong.code, cell.entered_at, folder))
     segments = [pattern(DATA, DATA_SIZE, 5), Segment(TRAMPOLINE, 2 * 4096, "file /tmp/code")]
     return inspect(machine, inspector.statements(cell, INSPECTOR, segments, [f"watch {4 * MIB} 6", *further],
                                                  entry=TRAMPOLINE))

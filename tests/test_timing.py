@@ -98,7 +98,7 @@ def test_what_is_not_believed(cell: Cell, lab: Lab, tmp_path: Path) -> None:
         return Machine(cell, lab.kernels[cell.kernel], lab.guest, extra=[*boot, *extra])  # type: ignore[arg-type]
 
     with machine("-S") as m:
-        said = m.qmp("human-monitor-command", **{"command-line": f"xp /1gx {BOOT_ARGUMENT:#x}"})
+        said = m.monitor(f"xp /1gx {BOOT_ARGUMENT:#x}")
     at = int(said.split(":")[1], 16)
     wrong = []
     for name, (value, believed) in at_boot(at).items():
@@ -135,8 +135,7 @@ def test_the_phases_are_all_there_is(cell: Cell, lab: Lab, tmp_path: Path) -> No
     symbols = read_symbols(lab.kernels[cell.kernel].vmlinux)
 
     def clock() -> int:
-        said = m.qmp("human-monitor-command", **{"command-line": f"xp /1wx {RTC:#x}"})
-        return int(said.split(":")[1], 16)
+        return int(m.monitor(f"xp /1wx {RTC:#x}").split(":")[1], 16)
 
     def run_to(symbol: str, script: str = "") -> int:
         gdb.set_break(symbols[symbol])
