@@ -42,10 +42,11 @@ BAD_CALL = 0xD2800EE0  # mov x0, #0x77: a hypercall that nobody serves
 LOAD_NULL = (0xAA1F03E0, 0xF9400000)  # mov x0, xzr; ldr x0, [x0]
 SELF_IRQ = (0xD2800020, 0xD518CBA0, 0xD5033FDF, 0xD50342FF)
 #          mov x0, #1; msr icc_sgi1r_el1, x0; isb; msr daifclr, #2: an SGI to itself
-VIRTUAL_SERROR = (
+TO_EL2 = (
     0x10000061,  # adr x1, .+12
     0xD2800020,  # mov x0, #HVC_SOFT_RESTART
-    0xD4000002,  # hvc #0: on from the next instruction, at EL2
+    0xD4000002)  # hvc #0: on from the next instruction, at EL2
+VIRTUAL_SERROR = (
     0xD53C1100,  # mrs x0, hcr_el2
     0xD2802402,  # mov x2, #HCR_VSE | HCR_AMO
     0xAA020000,  # orr x0, x0, x2
@@ -258,13 +259,21 @@ def hvc_wrong(s: Scene) -> Taken:
 
 
 def serror(s: Scene) -> Taken:
-    s.patch(s.next, *VIRTUAL_SERROR)
+    s.patch(s.next, *TO_EL2, *VIRTUAL_SERROR)
     return Taken("spx serror", SERROR)
+
+
+def serror_of(s: Scene, aet: int) -> int:
+    """The same on a CPU with RAS, which tells how bad it is. Returns where the CPU is to be found if it goes on."""
+    iss = aet << 10 | 0x11
+    code = (*TO_EL2, 0xD2800002 | iss << 5, 0xD51C5262, *VIRTUAL_SERROR)  # mov x2, #iss; msr vsesr_el2, x2
+    s.patch(s.next, *code)
+    return s.next + 4 * (len(code) - 1)
 
 
 def report_breaks(s: Scene) -> CutShort:
     s.patch(s.next, UDF)
-    s.patch(s.find(0xD3492980), UDF)  # ubfx x0, x12, #9, #2: it is about to name the vector
+    s.patch(s.find(0xD3492B40), UDF)  # ubfx x0, x26, #9, #2: it is about to name the vector
     return CutShort("spx sync", r"(?s)\nkexec: fault while relocating: (?!.*kexec: )")
 
 

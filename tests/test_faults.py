@@ -12,8 +12,8 @@ from conftest import LAB, Lab
 from lab import qemu
 from lab.cells import CELLS, Cell
 from lab.crc import crc32c
-from lab.faults import (BEYOND, CALL, CALL_LIST, IN_PLACE, LIMIT, MACHINES, REFUSAL, REPORT, SLOTS, UDF, Fault,
-                        at_slot, differences, differences_corrupt, written_to_16550)
+from lab.faults import (BEYOND, CALL, CALL_LIST, IN_PLACE, LIMIT, MACHINES, REFUSAL, REPORT, SERROR, SLOTS, UDF,
+                        Fault, Taken, at_slot, differences, differences_corrupt, serror_of, written_to_16550)
 from lab.handover import handover
 from lab.kload import Segment, kload
 from lab.stage import PAGE, PARK, Scene, Stage
@@ -144,6 +144,25 @@ def test_every_vector_names_itself(cell: Cell, slot: str, stages: Callable[[Cell
     if slot == "lower sync" and cell.el != "vhe":
         slot = "spx sync"  # at EL1 it must not look at EL2's registers: that is another exception
     check(stages(cell), at_slot(slot), 0)
+
+
+SEVERITIES = {"uncontainable": (0, False), "unrecoverable": (1, False), "restartable": (2, True),
+              "recoverable": (3, False), "corrected": (6, True)}
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+@pytest.mark.cells(CELLS["4k-va48-nvhe"])
+def test_serrors_of_all_severities(cell: Cell, severity: str, stages: Callable[[Cell], Stage]) -> None:
+    """Those that the kernel would go on after do no harm here either."""
+    aet, goes_on = SEVERITIES[severity]
+    scene = stages(cell).at_entry(0)
+    back = serror_of(scene, aet)
+    outcome = scene.stage.watch(scene, LIMIT)
+    if goes_on:
+        assert outcome.parked and outcome.pc == scene.control + back, outcome.text
+        assert not REPORT.search(outcome.text)
+    else:
+        assert not differences(Taken("spx serror", SERROR), outcome, 0), outcome.text
 
 
 UARTS = [replace(CELLS["4k-va48-vhe"], name=f"4k-va48-vhe-16550-{shift}-{width}", uart=(shift, width))

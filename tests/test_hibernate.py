@@ -17,7 +17,7 @@ from lab.cells import CELLS, KERNELS, Cell
 from lab.faults import SLOTS
 from lab.gdb import Gdb, options
 from lab.handover import handover
-from lab.kdump import crash_and_verify, ranges_of
+from lab.kdump import CRASHES, crash_and_verify, ranges_of
 from lab.machine import Machine
 from lab.stage import PARK, enter, read_symbols
 
@@ -93,6 +93,7 @@ def test_with_a_crash_kernel_loaded(cell: Cell, start: Callable[[Cell], Machine]
     _, faults = module.touch(m, "read", [(begin, end - begin)])
     assert faults in (pages, pages + 1)  # and the page for VMCOREINFO
     crash_and_verify(m)
+    assert CRASHES["sysrq"][1] in m.sh("vmcore-dmesg /proc/vmcore", timeout=300)
 
 
 @pytest.mark.cells(LONG[0])

@@ -48,8 +48,7 @@ static const char * const pl011_compatible[] = {
 };
 
 static const char * const ns16550_compatible[] = {
-	"ns16550a", "ns16550", "snps,dw-apb-uart", "nvidia,tegra20-uart",
-	"brcm,bcm2835-aux-uart", NULL
+	"ns16550a", "ns16550", "snps,dw-apb-uart", "nvidia,tegra20-uart", NULL
 };
 
 static void find_uart_of(struct kexec_control_args *args)
@@ -98,7 +97,7 @@ static void find_uart_acpi(struct kexec_control_args *args)
 	struct acpi_table_header *header;
 	struct acpi_generic_address *reg;
 	struct acpi_table_spcr *spcr;
-	u32 stride, width;
+	u32 width;
 
 	if (ACPI_FAILURE(acpi_get_table(ACPI_SIG_SPCR, 0, &header)))
 		return;
@@ -117,10 +116,9 @@ static void find_uart_acpi(struct kexec_control_args *args)
 	case ACPI_DBG2_16550_COMPATIBLE:
 	case ACPI_DBG2_16550_SUBSET:
 	case ACPI_DBG2_16550_WITH_GAS:
-		/* The registers are as far apart as they are wide */
-		stride = clamp(reg->bit_width / 8, 1, 4);
-		width = reg->access_width ? 1 << (reg->access_width - 1) : 1;
-		uart_is_16550(args, reg->address, ilog2(stride), min(width, 4));
+		/* As for earlycon, the registers are as far apart as accesses are wide */
+		width = in_range(reg->access_width, 1, 3) ? BIT(reg->access_width - 1) : 1;
+		uart_is_16550(args, reg->address, ilog2(width), width);
 		break;
 	}
 out:

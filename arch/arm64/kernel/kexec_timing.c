@@ -10,20 +10,22 @@
 
 #define pr_fmt(fmt) "kexec: " fmt
 
+#include <linux/build_bug.h>
 #include <linux/cacheflush.h>
 #include <linux/debugfs.h>
 #include <linux/init.h>
 #include <linux/kexec.h>
 #include <linux/libfdt.h>
 #include <linux/math64.h>
-#include <linux/memory.h>
 #include <linux/printk.h>
 #include <linux/seq_file.h>
+#include <linux/sizes.h>
 #include <linux/string.h>
 #include <linux/time64.h>
 
 #include <asm/arch_timer.h>
 #include <asm/byteorder.h>
+#include <asm/memory.h>
 
 static const char kexec_timing_name[] = "linux,kexec-timing";
 
@@ -179,7 +181,7 @@ void kexec_timing_leave(const struct kimage *image, struct kexec_control_args *a
  * @fdt_phys: its physical address
  *
  * What was read is cleared, so that nobody takes it for his own who gets a copy
- * of the tree. Nothing is kept that can't be true.
+ * of the tree. What can't be true is not believed: then there is no frequency.
  *
  * Context: early boot, before anybody took a checksum of the tree.
  */
@@ -277,7 +279,7 @@ void kexec_timing_report(void)
 	shutdown = shutdown_us();
 	copy = copy_us();
 	startup = startup_us();
-	tenths = mul_u64_u64_div_u64(kexec_timing_past.copied, 10, SZ_1M);
+	tenths = kexec_timing_past.copied * 10 / SZ_1M;
 
 	pr_info("shutdown %llu.%03llu ms, copied %llu.%llu MiB in %llu.%03llu ms, startup %llu.%03llu ms\n",
 		shutdown / 1000, shutdown % 1000, tenths / 10, tenths % 10,

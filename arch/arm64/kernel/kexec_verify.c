@@ -14,11 +14,12 @@
 #include <linux/kexec.h>
 #include <linux/mm.h>
 #include <linux/sched.h>
+#include <linux/uaccess.h>
 
 /*
  * The CRC32C of the entries in the list, which stand in pages that may have
- * been overwritten as well: it is not followed to where no memory is, nor for
- * more than @entries, which is set to what was found.
+ * been overwritten as well: it is not followed to where nothing can be read, nor
+ * for more than @entries, which is set to what was found.
  */
 static u32 crc_of_list(const struct kimage *image, u64 *entries)
 {
@@ -28,18 +29,18 @@ static u32 crc_of_list(const struct kimage *image, u64 *entries)
 	u32 crc = ~0;
 
 	for (*entries = 0; *entries < limit; ++*entries) {
-		entry = *ptr++;
+		if (get_kernel_nofault(entry, ptr))
+			break;
+
+		ptr++;
 		crc = crc32c(crc, &entry, sizeof(entry));
 		if (entry & IND_DONE) {
 			++*entries;
 			break;
 		}
 
-		if (entry & IND_INDIRECTION) {
-			if (!pfn_is_map_memory(PHYS_PFN(entry & PAGE_MASK)))
-				break;
+		if (entry & IND_INDIRECTION)
 			ptr = phys_to_virt(entry & PAGE_MASK);
-		}
 	}
 
 	return crc;
@@ -137,12 +138,11 @@ void kexec_verify_init(struct kimage *image, struct kexec_control_args *args)
 
 	for (i = 0; i < image->nr_segments; i++) {
 		image->arch.crc[i] = crc_of_segment(image, i);
-		if (crc && !image->segment_cma[i])
-			*crc++ = (struct kexec_control_crc) {
-				.crc = image->arch.crc[i],
-				.segment = i,
-				.ignore = may_change(image, i),
-			};
+		if (crc && !image->segment_cma[i]) {
+			crc->crc = image->arch.crc[i];
+			crc->ignore = may_change(image, i);
+			crc++;
+		}
 	}
 
 	image->arch.list_entries = U64_MAX;

@@ -247,9 +247,10 @@ static void kexec_image_info(struct kimage *image)
 
 /*
  * Segments that were loaded where they will be executed never pass through the
- * control page, which would clean them to the PoC. Nobody writes to them any
- * more, so now is as good a time. (IMA still does, to the list that it hands
- * over, but that is read with the MMU and the caches on.)
+ * control page, which would clean them to the PoC and drop what the I-cache holds
+ * of them. Nobody writes to them any more, so now is as good a time. (IMA still
+ * does, to the list that it hands over, but that is read with the MMU and the
+ * caches on.)
  */
 static void kexec_flush_in_place(const struct kimage *image, bool all)
 {
@@ -264,6 +265,8 @@ static void kexec_flush_in_place(const struct kimage *image, bool all)
 		start = (unsigned long)phys_to_virt(image->segment[i].mem);
 		dcache_clean_inval_poc(start, start + image->segment[i].memsz);
 	}
+
+	icache_inval_all_pou();
 }
 
 /* The arguments in the control page of @image, in the linear map */
@@ -289,6 +292,8 @@ static void kexec_fill_control_page(struct kimage *image, u64 ttbr1)
 	struct kexec_control_args *args = kexec_args(image);
 	char *page = page_address(image->control_code_page);
 	unsigned long start = (unsigned long)page;
+	struct kexec_control_crc *crc = args->crc;
+	unsigned long i;
 	u64 *handler;
 
 	BUILD_BUG_ON(KEXEC_ARGS_OFFSET + sizeof(*args) > KEXEC_CONTROL_PAGE_SIZE);
@@ -311,6 +316,12 @@ static void kexec_fill_control_page(struct kimage *image, u64 ttbr1)
 		.el2		= is_hyp_nvhe(),
 		.zva		= kexec_zva_block(),
 	};
+	/* Segments in place are not in the list */
+	for (i = 0; i < image->nr_segments; i++) {
+		if (!image->segment_cma[i])
+			(crc++)->segment = i;
+	}
+
 	kexec_report_init(args);
 	kexec_verify_init(image, args);
 
@@ -379,7 +390,8 @@ static int kexec_check_pages(const struct kimage *image)
  * Context: process context, kexec lock held.
  *
  * Return: 0, -ENOMEM, or -EADDRINUSE if a page of the image itself lies in a
- * destination; whatever was loaded before @image is untouched.
+ * destination. What was loaded before @image stays loaded, unless it is a crash
+ * kernel: the core frees one before it loads another into the same memory.
  */
 int machine_kexec_post_load(struct kimage *image)
 {

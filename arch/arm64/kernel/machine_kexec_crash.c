@@ -7,16 +7,21 @@
 
 #define pr_fmt(fmt) "kexec: " fmt
 
+#include <linux/cleanup.h>
+#include <linux/init.h>
 #include <linux/ioport.h>
 #include <linux/irq.h>
 #include <linux/irqflags.h>
 #include <linux/kexec.h>
 #include <linux/mm.h>
+#include <linux/mutex.h>
+#include <linux/notifier.h>
 #include <linux/pfn.h>
 #include <linux/printk.h>
 #include <linux/reboot.h>
 #include <linux/set_memory.h>
 #include <linux/smp.h>
+#include <linux/suspend.h>
 #include <linux/vmalloc.h>
 #include <linux/vmcore_info.h>
 
@@ -40,25 +45,52 @@ void machine_crash_shutdown(struct pt_regs *regs)
 }
 
 /*
- * The linear map has the loaded crash kernel, and the page of the reservation
- * that the kernel itself writes to when it crashes, through another mapping.
+ * The pages that hold the loaded crash kernel, and the one of the reservation
+ * that the kernel itself writes to when it crashes, through another mapping. They
+ * are remembered, as hibernate asks for them when the image may be exchanged.
  */
-static int crash_image_set_valid(bool valid)
+static struct {
+	unsigned long address;	/* in the linear map */
+	unsigned long nr_pages;
+} crash_pages[KEXEC_SEGMENT_MAX + 1];
+
+static unsigned int nr_crash_pages;
+static bool crash_protection_paused;
+static DEFINE_MUTEX(crash_pages_lock);
+
+static void crash_pages_add(void *address, unsigned long bytes)
 {
-	const struct kexec_segment *segment = kexec_crash_image->segment;
-	void *note = kexec_crash_image->vmcoreinfo_data_copy;
-	unsigned long i;
+	if (!bytes)
+		return;
+
+	crash_pages[nr_crash_pages].address = (unsigned long)address;
+	crash_pages[nr_crash_pages++].nr_pages = PFN_UP(bytes);
+}
+
+static int crash_pages_set_valid(bool valid)
+{
+	unsigned int i;
 	int ret = 0;
 
-	for (i = 0; !ret && i < kexec_crash_image->nr_segments; i++, segment++)
-		ret = set_memory_valid((unsigned long)phys_to_virt(segment->mem),
-				       PFN_UP(segment->memsz), valid);
+	for (i = 0; i < nr_crash_pages; i++) {
+		int err = set_memory_valid(crash_pages[i].address,
+					   crash_pages[i].nr_pages, valid);
 
-	if (!ret && note)
-		ret = set_memory_valid((unsigned long)page_address(vmalloc_to_page(note)),
-				       PFN_UP(VMCOREINFO_BYTES), valid);
+		if (err)
+			ret = err;
+	}
 
 	return ret;
+}
+
+static void crash_pages_protect(void)
+{
+	int ret = crash_pages_set_valid(false);
+
+	if (ret) {
+		pr_warn("the loaded crash kernel is not protected: error %d\n", ret);
+		crash_pages_set_valid(true);
+	}
 }
 
 /**
@@ -69,60 +101,80 @@ static int crash_image_set_valid(bool valid)
  * map is not made any finer for this than the configuration has it anyway:
  * page mappings cost every other access.
  *
- * Context: process context, kexec lock held, a crash image is loaded; or the
- * last CPU that is online, on its way out of hibernation.
+ * Context: process context, a crash image is loaded and stays so.
  */
 void arch_kexec_protect_crashkres(void)
 {
-	int ret;
+	const struct kexec_segment *segment = kexec_crash_image->segment;
+	void *note = kexec_crash_image->vmcoreinfo_data_copy;
+	unsigned long i;
 
 	if (!can_set_direct_map()) {
 		pr_info_once("the loaded crash kernel is not protected: the linear map is made of blocks (see rodata=)\n");
 		return;
 	}
 
-	ret = crash_image_set_valid(false);
-	if (ret) {
-		pr_warn("the loaded crash kernel is not protected: error %d\n", ret);
-		crash_image_set_valid(true);
-	}
+	guard(mutex)(&crash_pages_lock);
+
+	nr_crash_pages = 0;
+	for (i = 0; i < kexec_crash_image->nr_segments; i++, segment++)
+		crash_pages_add(phys_to_virt(segment->mem), segment->memsz);
+	if (note)
+		crash_pages_add(page_address(vmalloc_to_page(note)), VMCOREINFO_BYTES);
+
+	if (!crash_protection_paused)
+		crash_pages_protect();
 }
 
 /**
  * arch_kexec_unprotect_crashkres() - let the crash kernel be accessed again
  *
- * To be loaded anew, unloaded, updated, or saved by hibernate.
+ * To be loaded anew, unloaded, or read.
  *
- * Context: see arch_kexec_protect_crashkres().
+ * Context: process context.
  */
 void arch_kexec_unprotect_crashkres(void)
 {
-	if (can_set_direct_map())
-		crash_image_set_valid(true);
+	guard(mutex)(&crash_pages_lock);
+
+	crash_pages_set_valid(true);
+	nr_crash_pages = 0;
 }
 
 #ifdef CONFIG_HIBERNATION
-/**
- * crash_prepare_suspend() - let hibernate read the loaded crash kernel
- *
- * Context: the last CPU that is online, interrupts off.
+/*
+ * Hibernate takes a reserved page for a hole if the linear map does not have
+ * it, and counts pages long before it saves them. So it gets to see the loaded
+ * crash kernel from its beginning to its end.
  */
-void crash_prepare_suspend(void)
+static int crash_pm_notify(struct notifier_block *nb, unsigned long mode,
+			   void *unused)
 {
-	if (kexec_crash_image)
-		arch_kexec_unprotect_crashkres();
+	guard(mutex)(&crash_pages_lock);
+
+	switch (mode) {
+	case PM_HIBERNATION_PREPARE:
+		crash_protection_paused = true;
+		crash_pages_set_valid(true);
+		break;
+	case PM_POST_HIBERNATION:
+		crash_protection_paused = false;
+		crash_pages_protect();
+		break;
+	}
+
+	return NOTIFY_DONE;
 }
 
-/**
- * crash_post_resume() - protect the loaded crash kernel again
- *
- * Context: see crash_prepare_suspend().
- */
-void crash_post_resume(void)
+static struct notifier_block crash_pm_notifier = {
+	.notifier_call = crash_pm_notify,
+};
+
+static int __init crash_pm_init(void)
 {
-	if (kexec_crash_image)
-		arch_kexec_protect_crashkres();
+	return register_pm_notifier(&crash_pm_notifier);
 }
+core_initcall(crash_pm_init);
 
 static bool reservation_holds(const struct resource *res, phys_addr_t addr)
 {
@@ -132,7 +184,11 @@ static bool reservation_holds(const struct resource *res, phys_addr_t addr)
 static bool crash_image_holds(phys_addr_t addr)
 {
 	const struct kexec_segment *segment = kexec_crash_image->segment;
+	void *note = kexec_crash_image->vmcoreinfo_data_copy;
 	unsigned long i;
+
+	if (note && PHYS_PFN(addr) == vmalloc_to_pfn(note))
+		return true;
 
 	for (i = 0; i < kexec_crash_image->nr_segments; i++, segment++) {
 		if (addr - segment->mem < segment->memsz)
@@ -147,12 +203,12 @@ static bool crash_image_holds(phys_addr_t addr)
  * @pfn: page frame number of any page
  *
  * The crashkernel reservation holds nothing but the loaded crash kernel, if
- * there is one. The pages are marked reserved, as firmware's are, and those
- * hibernate would save.
+ * there is one, and the page that a crash writes VMCOREINFO to. The pages are
+ * marked reserved, as firmware's are, and those hibernate would save.
  *
  * Context: any; the crash image does not change while hibernate asks.
  *
- * Return: true for a page of the reservation that no segment covers.
+ * Return: true for a page of the reservation that holds neither.
  */
 bool crash_is_nosave(unsigned long pfn)
 {

@@ -13,6 +13,7 @@
 #include <asm/asm-offsets.h>
 #include <asm/assembler.h>
 #include <asm/brk-imm.h>
+#include <asm/esr.h>
 #include <asm/kexec.h>
 #include <asm/page.h>
 #include <asm/ptrace.h>
@@ -34,7 +35,25 @@
 	.endm
 
 /*
- * load_line, store_line - 64 bytes from or to memory; the address moves on
+ * check_crc - has the segment that ends here passed through unchanged?
+ *
+ * Expects x14 to x16 and x19 as in arm64_relocate_new_kernel, x19 still 0 before
+ * the first segment. Corrupts x8 and x9.
+ */
+	.macro	check_crc
+	cbz	x15, .Lchecked\@
+	cbz	x19, .Lchecked\@
+	ldp	w8, w9, [x14]		// expected; number and ignore
+	cmp	w8, w16
+	b.eq	.Lchecked\@
+	lsr	w8, w9, #16
+	cbz	w8, kexec_corrupt
+.Lchecked\@:
+	.endm
+
+/*
+ * load_line, store_line - 64 bytes from memory to x0 to x7, or back; the address
+ * moves on
  */
 	.macro	load_line, src
 	ldp	x0, x1, [\src], #64
@@ -72,6 +91,7 @@
  *  x15	not 0: verify
  *  w16	CRC32C of the current segment so far
  *  x17	size of what DC ZVA zeroes, bytes, or 0
+ *  x18	the counter when this was entered
  *  x19	destination of the next page, linear map
  *  x20	source of the page, linear map
  *  x21	next entry of the list, linear map
@@ -82,11 +102,11 @@
  *  x26	device tree, physical, or 0
  *  x27	not 0: leave through EL2
  *  x28	struct kexec_control_args, physical
- *  x29	the counter when this was entered
  *  x0 - x12 scratch
+ *  x29, x30 belong to the vectors: some SErrors come back
  */
 SYM_CODE_START(arm64_relocate_new_kernel)
-	mrs	x29, cntvct_el0
+	mrs	x18, cntvct_el0
 
 	/* With VHE, this is VBAR_EL2 */
 	adr	x0, arm64_relocate_new_kernel
@@ -94,7 +114,6 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 	msr	tpidrro_el0, xzr	// no fault so far, see kexec_fault
 	msr	vbar_el1, x0
 	isb				// no exception may find the old vectors
-	msr	daifclr, #PSR_A_BIT >> 6	// report SErrors, don't bequeath them
 
 	adr	x28, arm64_relocate_new_kernel + KEXEC_ARGS_OFFSET
 	ldp	x8, x9, [x28, #KEXEC_ARGS_TTBR1]	// and the reserved one
@@ -106,6 +125,7 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 	mov	x19, xzr
 	mov	x20, xzr
 	raw_dcache_line_size x24, x0
+	msr	daifclr, #PSR_A_BIT >> 6	// report SErrors, don't bequeath them
 
 	/*
 	 * From the kernel's tables to the transitional ones. Blocks there and
@@ -152,7 +172,7 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 
 	/* A segment ends where the next one or the end of the list begins */
 .Ldestination:
-	bl	kexec_check_crc
+	check_crc
 	mov	x19, x0
 	mov	w16, #~0
 	add	x14, x14, #KEXEC_CRC_SIZE
@@ -215,9 +235,10 @@ SYM_CODE_START(arm64_relocate_new_kernel)
 
 	/*
 	 * The image is entered with the MMU off, so it has to be clean to the
-	 * PoC. Invalidated as well: no line must be left that hides what the
-	 * image stores before it turns on its caches. Nothing waits here for
-	 * this to complete, see .Ldone.
+	 * PoC. Invalidated as well: a line that stays could hide what the image
+	 * stores before it turns on its caches. (One may come back by
+	 * speculation; no image relies on that, see booting.rst.) Nothing waits
+	 * here for this to complete, see .Ldone.
 	 */
 .Lclean:
 	mov	x1, #1
@@ -241,7 +262,7 @@ alternative_else_nop_endif
 	b	.Lentry
 
 .Ldone:
-	bl	kexec_check_crc
+	check_crc
 
 	/*
 	 * Order the cache maintenance of all pages before everything that
@@ -258,9 +279,9 @@ alternative_else_nop_endif
 	add	x8, x8, x23
 	isb				// don't read the counter before the dsb
 	mrs	x1, cntvct_el0
-CPU_LE(	rev	x0, x29		)	// big-endian, as all of a device tree
+CPU_LE(	rev	x0, x18		)	// big-endian, as all of a device tree
 CPU_LE(	rev	x1, x1		)
-CPU_BE(	mov	x0, x29		)
+CPU_BE(	mov	x0, x18		)
 	ldp	x2, x3, [x28, #KEXEC_ARGS_TIMING_VALUES]
 	ldp	x4, x5, [x28, #KEXEC_ARGS_TIMING_VALUES + 16]
 	stp	x2, x3, [x8]
@@ -298,23 +319,6 @@ CPU_BE(	mov	x0, x29		)
 SYM_CODE_END(arm64_relocate_new_kernel)
 
 /*
- * kexec_check_crc - has the segment that ends here passed through unchanged?
- *
- * Expects x14 to x16 and x19 as above, x19 still 0 before the first segment.
- * Corrupts x8 and x9.
- */
-SYM_CODE_START_LOCAL(kexec_check_crc)
-	cbz	x15, 1f
-	cbz	x19, 1f
-	ldp	w8, w9, [x14]		// expected; number and ignore
-	cmp	w8, w16
-	b.eq	1f
-	lsr	w8, w9, #16
-	cbz	w8, kexec_corrupt
-1:	ret
-SYM_CODE_END(kexec_check_crc)
-
-/*
  * say - write a string, and then a register in hex if one is given
  *
  * Corrupts x0 to x7, x9 to x11 and x30.
@@ -339,13 +343,14 @@ SYM_CODE_END(kexec_check_crc)
 /*
  * kexec_corrupt - report a segment or list whose CRC is not what it was at load
  *
- * x14 and w16 as above: what was expected and what was found. Does not return.
+ * x14, x28 and w16 as above: what was expected and what was found. Does not
+ * return.
  */
-SYM_CODE_START_LOCAL(kexec_corrupt)
+SYM_CODE_START_LOCAL_NOALIGN(kexec_corrupt)
 	ldr	w13, [x14]
 	ldrh	w17, [x14, #4]
 	mov	w16, w16		// what say prints has 64 bits
-	mov	x12, xzr		// there is no vector
+	mov	x26, xzr		// there is no vector
 	mov	x0, #1
 	msr	tpidrro_el0, x0		// as if a fault had been taken
 	bl	kexec_mmu_off
@@ -365,14 +370,33 @@ SYM_CODE_END(kexec_corrupt)
  * kexec_fault - report an exception: the handler of trans_pgd_vectors
  *
  * x30: address of the slot; x14, x19, x20 and x23 as above, if the registers
- * can still be trusted. Does not return.
+ * can still be trusted. Returns from an SError that the CPU can go on from, with
+ * x29 and x30 changed; otherwise does not return.
  *
  * tpidrro_el0, which no image relies on, counts the exceptions: one that is
  * taken while the first is reported is not reported, one while giving up
  * parks.
  */
-SYM_CODE_START(kexec_fault)
-	mov	x12, x30
+SYM_CODE_START_NOALIGN(kexec_fault)
+	/* Go on where do_serror() would: corrected, or not consumed yet */
+	ubfx	x29, x30, #7, #2
+	cmp	x29, #3			// the slots for SError
+	b.ne	5f
+	mrs	x29, CurrentEL
+	cmp	x29, #CurrentEL_EL2
+	b.eq	4f
+	mrs	x29, esr_el1
+	b	6f
+4:	mrs	x29, esr_el2
+6:	tbnz	x29, #ESR_ELx_IDS_SHIFT, 5f
+	tbz	x29, #ESR_ELx_AET_SHIFT + 1, 5f	// CE is 0b110, UEO 0b010
+	tbnz	x29, #ESR_ELx_AET_SHIFT, 5f
+	and	x29, x29, #ESR_ELx_FSC
+	cmp	x29, #ESR_ELx_FSC_SERROR
+	b.ne	5f
+	eret
+
+5:	mov	x26, x30
 	adr	x28, arm64_relocate_new_kernel + KEXEC_ARGS_OFFSET
 	mrs	x0, tpidrro_el0
 	add	x1, x0, #1
@@ -394,11 +418,11 @@ SYM_CODE_START(kexec_fault)
 2:	bl	kexec_mmu_off
 
 	say	"\r\nkexec: fault while relocating: "
-	ubfx	x0, x12, #9, #2		// slots come in groups of four
+	ubfx	x0, x26, #9, #2		// slots come in groups of four
 	adr	x1, kexec_vector_group
 	add	x0, x1, x0, lsl #3
 	bl	kexec_puts
-	ubfx	x0, x12, #7, #2
+	ubfx	x0, x26, #7, #2
 	adr	x1, kexec_vector_kind
 	add	x0, x1, x0, lsl #3
 	bl	kexec_puts
@@ -427,11 +451,11 @@ SYM_CODE_END(kexec_fault)
 /*
  * kexec_give_up - do what panic_timeout says: 0 parks, anything else resets
  *
- * x12: slot of the exception, 0 if there was none; x28 as above. The MMU is
- * off. Does not return. After a second exception this writes nothing: writing
- * may be what caused it.
+ * x26: slot of the exception, 0 if there was none, in a register that firmware
+ * preserves; x28 as above. The MMU is off. Does not return. After a second
+ * exception this writes nothing: writing may be what caused it.
  */
-SYM_CODE_START_LOCAL(kexec_give_up)
+SYM_CODE_START_LOCAL_NOALIGN(kexec_give_up)
 	ldr	w8, [x28, #KEXEC_ARGS_TIMEOUT]
 	cbz	w8, 2f
 	ldr	w8, [x28, #KEXEC_ARGS_PSCI]
@@ -451,9 +475,9 @@ SYM_CODE_START_LOCAL(kexec_give_up)
 	b.hi	kexec_park
 	say	"\r\nkexec: parked\r\n"
 SYM_INNER_LABEL(kexec_park, SYM_L_LOCAL)
-	cbz	x12, kexec_corrupt_park
-	add	x12, x12, #TRANS_PGD_VECTOR_PARK
-	br	x12
+	cbz	x26, kexec_corrupt_park
+	add	x26, x26, #TRANS_PGD_VECTOR_PARK
+	br	x26
 SYM_INNER_LABEL(kexec_corrupt_park, SYM_L_LOCAL)
 	b	.
 SYM_CODE_END(kexec_give_up)
@@ -464,7 +488,7 @@ SYM_CODE_END(kexec_give_up)
  * The tables do not map the UART, and may be what is broken. What is read from
  * the control page from here on was cleaned to the PoC. Corrupts x0.
  */
-SYM_CODE_START_LOCAL(kexec_mmu_off)
+SYM_CODE_START_LOCAL_NOALIGN(kexec_mmu_off)
 	mrs	x0, CurrentEL
 	cmp	x0, #CurrentEL_EL2
 	b.eq	1f
@@ -485,7 +509,7 @@ SYM_CODE_END(kexec_mmu_off)
  *
  * x0: string, x1: number, x28 as above. Corrupts x0 to x7 and x9 to x11.
  */
-SYM_CODE_START_LOCAL(kexec_puts_hex)
+SYM_CODE_START_LOCAL_NOALIGN(kexec_puts_hex)
 	mov	x5, x30
 	mov	x6, x1
 	bl	kexec_puts
@@ -517,7 +541,7 @@ SYM_CODE_END(kexec_puts_hex)
  *
  * x0: string, x28 as above. Corrupts x0 to x4 and x9 to x11.
  */
-SYM_CODE_START_LOCAL(kexec_puts)
+SYM_CODE_START_LOCAL_NOALIGN(kexec_puts)
 	mov	x4, x30
 1:	ldrb	w2, [x0], #1
 	cbz	w2, 2f
@@ -535,7 +559,7 @@ SYM_CODE_END(kexec_puts)
  *
  * w2: character, x28 as above. Corrupts x1, x3 and x9 to x11.
  */
-SYM_CODE_START_LOCAL(kexec_putc)
+SYM_CODE_START_LOCAL_NOALIGN(kexec_putc)
 	ldr	x9, [x28, #KEXEC_ARGS_UART]
 	cbz	x9, 9f
 	ldp	w1, w10, [x28, #KEXEC_ARGS_UART_STATUS]	// and the busy level

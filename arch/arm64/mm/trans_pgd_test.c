@@ -592,7 +592,8 @@ static struct memblock_type *get_made_up_memory(void)
 static unsigned int make_up_memory(struct kunit *test, const struct memory *memory,
 				   struct span *runs)
 {
-	u64 base = ALIGN(memblock_start_of_DRAM(), BIG), nr = 0;
+	/* Not 0, which has nothing in front of it */
+	u64 base = ALIGN(memblock_start_of_DRAM() + 1, BIG), nr = 0;
 
 	made_up_memory.cnt = 0;
 	for (unsigned int i = 0; i < ARRAY_SIZE(memory->regions); i++) {
@@ -629,6 +630,8 @@ static void expect_linear(struct kunit *test, struct span *runs, unsigned int nr
 	struct trans_pgd trans = new_tables(test), count = { };
 
 	KUNIT_ASSERT_EQ(test, trans_pgd_create_linear(&count), 0);
+	if (count.nr_pages > POOL_PAGES)
+		kunit_skip(test, "this memory takes %u pages of tables", count.nr_pages);
 	KUNIT_ASSERT_EQ(test, trans_pgd_create_linear(&trans), 0);
 	KUNIT_ASSERT_EQ(test, count.nr_pages, trans.nr_pages);
 	KUNIT_ASSERT_GE(test, trans.va_bits, vabits_actual);

@@ -89,12 +89,8 @@ void arch_kexec_unprotect_crashkres(void);
 
 #if defined(CONFIG_CRASH_DUMP) && defined(CONFIG_HIBERNATION)
 bool crash_is_nosave(unsigned long pfn);
-void crash_prepare_suspend(void);
-void crash_post_resume(void);
 #else
 static inline bool crash_is_nosave(unsigned long pfn) { return false; }
-static inline void crash_prepare_suspend(void) { }
-static inline void crash_post_resume(void) { }
 #endif
 
 struct kimage;
@@ -117,7 +113,7 @@ int machine_kexec_post_load(struct kimage *image);
  *           where the image itself knows
  * @bytes_to_move: size of what is not yet where it will be executed
  * @bytes_in_place: size of the rest
- * @relocate: something has to be moved, so there is a control page
+ * @relocate: something has to be moved, so the control page is filled in
  * @timing: physical address of struct kexec_timing_values in the device tree
  *          that will be executed, or 0
  * @ttbr0: physical address of the table that maps the control page

@@ -435,8 +435,10 @@ static void fragment(unsigned long size)
 static void add_range(unsigned long room, uint64_t start, uint64_t size, uint64_t value,
 		      enum inspector_contents contents, enum inspector_kind kind, uint32_t number)
 {
-	if (!size || head.nr_ranges >= room)
+	if (!size)
 		return;
+	if (head.nr_ranges == room)
+		die("inspector", "no room for what it has to look at: a larger segment");
 	ranges[head.nr_ranges++] = (struct inspector_range) {
 		.start = start, .size = size, .value = value,
 		.contents = contents, .kind = kind, .number = number,
@@ -483,7 +485,7 @@ static bool is_destination(unsigned long start)
 static void add_watched(unsigned long room)
 {
 	struct inspector_range *last = NULL;
-	unsigned long i;
+	unsigned long i, left = 0;
 
 	for (i = 0; i < nr_watched; i++) {
 		unsigned long at = watched_at[i];
@@ -499,8 +501,13 @@ static void add_watched(unsigned long room)
 			last = &ranges[head.nr_ranges];
 			add_range(room, at, page, watch_seed,
 				  INSPECT_PATTERN, INSPECT_WATCHED, i);
+		} else {
+			left++;
 		}
 	}
+	if (left)
+		fprintf(stderr, "%lu of %lu watched pages are too scattered to be looked at\n",
+			left, nr_watched);
 }
 
 /* Put the arguments behind the inspector at @image, which has room for @room ranges */

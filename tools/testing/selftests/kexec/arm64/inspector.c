@@ -36,7 +36,7 @@ struct entry_state {
 	uint64_t sp, current_el, daif, spsel, sctlr, hcr, isr, pc;
 };
 
-static unsigned int number, failed, exceptions;
+static unsigned int number, failed, skipped, exceptions;
 static uint32_t crc_of_byte[256];
 
 #define read_reg(name) ({						\
@@ -150,6 +150,7 @@ static void skip(const char *what, const char *why)
 	put(" # SKIP ");
 	put(why);
 	put("\n");
+	skipped++;
 }
 
 static void call_psci(uint64_t function)
@@ -167,10 +168,12 @@ static _Noreturn void end(void)
 	uint32_t how = inspector_args.end;
 
 	put("# Totals: pass:");
-	put_dec(number - failed);
+	put_dec(number - failed - skipped);
 	put(" fail:");
 	put_dec(failed);
-	put(" xfail:0 xpass:0 skip:0 error:0\n");
+	put(" xfail:0 xpass:0 skip:");
+	put_dec(skipped);
+	put(" error:0\n");
 
 	if (how == INSPECT_VERDICT)
 		how = failed ? INSPECT_RESET : INSPECT_OFF;
