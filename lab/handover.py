@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
+from typing import Sequence
 
 from lab import timing
 from lab.cells import Cell
-from lab.machine import GuestFailure, Hello, Machine, find_complaints
+from lab.kload import call, next_image
+from lab.machine import CommandFailed, GuestFailure, Hello, Machine, find_complaints
 
 # How kexec-tools is asked to load: with purgatory's checksums, without, and by kexec_file_load().
 LOADERS = {
@@ -88,13 +90,31 @@ def load(m: Machine, loader: str, options: str = "") -> Loaded:
     `options` go to kexec as they are. Raises CommandFailed when loading fails.
     """
     m.sh("fetch", timeout=300)
-    mark = f"lab: loading for generation {m.generation + 1}, {time.monotonic_ns()}"
+    mark = _mark(m)
     # dyndbg's value has blanks in it: the command line goes through as one word.
-    said = m.sh(f"echo '{mark}' >/dev/kmsg\n"
-                f"line=$(sed 's/ *lab\\.gen=[0-9]*//' /proc/cmdline)\n"
+    said = m.sh(f"line=$(sed 's/ *lab\\.gen=[0-9]*//' /proc/cmdline)\n"
                 f'{LOADERS[loader]} /next/Image --initrd=/next/initrd {options} '
                 f'--command-line="$line lab.gen={m.generation + 1}"', timeout=300)
     return parse_log(said + log_since(m, mark))
+
+
+def load_by_call(m: Machine, flags: int = 0, further: Sequence[str] = ()) -> Loaded:
+    """Load the next kernel by kexec_file_load() with these flags; `further` is what else kload is told.
+
+    Raises CommandFailed when loading fails.
+    """
+    request, mark = next_image(m, flags, further), _mark(m)
+    answer = call(m, request)
+    if answer != "0":
+        raise CommandFailed(f"kexec_file_load() answers {answer}", m)
+    return parse_log(log_since(m, mark))
+
+
+def _mark(m: Machine) -> str:
+    """Write a line to the kernel's log that nothing else there is like."""
+    mark = f"lab: loading for generation {m.generation + 1}, {time.monotonic_ns()}"
+    m.sh(f"echo '{mark}' >/dev/kmsg")
+    return mark
 
 
 def verify_first(m: Machine, hello: Hello) -> None:
@@ -194,7 +214,7 @@ def count_tables(m: Machine, loaded: Loaded, held: int) -> int | None:
 
     Needs no help from the kernel, so it works for mainline too, where kexec-tools
     knows the segments. The list has an entry per segment and per page, and its
-    pages end in a link. Segments in CMA are not marked reserved: not for those.
+    pages end in a link. Segments in contiguous memory are not marked reserved: not for those.
     None when the segments are not known.
     """
     if not loaded.segments:

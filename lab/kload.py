@@ -13,6 +13,10 @@ MIB = 1 << 20
 MAX_RANGES = 10  # kexec_load() takes 16 segments
 IMAGE_SIZE = 16  # offset of image_size in an arm64 Image (booting.rst)
 
+# Flags of kexec_file_load()
+DEBUG = 0x8  # KEXEC_FILE_DEBUG
+NO_CMA = 0x10  # KEXEC_FILE_NO_CMA: nothing contiguous, so everything is copied
+
 SEED = 0x6B657865632D6C61  # for KASLR: any number but 0
 
 # Enters a kernel as booting.rst has it: x0 is the device tree, x1 to x3 are 0.
@@ -58,6 +62,13 @@ def file_statements(kernel: str, initrd: str | None = None, cmdline: int | str =
     """The same for a kexec_file_load(): paths in the guest, and the command line, or its bytes with its end."""
     return "\n".join([f"kernel {kernel}", *([f"initrd {initrd}"] if initrd else []),
                       f"line {cmdline}" if isinstance(cmdline, str) else f"cmdline {cmdline}"])
+
+
+def next_image(m: Machine, flags: int = 0, further: Sequence[str] = ()) -> str:
+    """What kload has to be told for a kexec_file_load() of the next kernel, which is fetched."""
+    m.sh("fetch", timeout=300)
+    return "\n".join([file_statements("/next/Image", "/next/initrd", next_parameters(m)), f"flags {DEBUG | flags:#x}",
+                      *further])
 
 
 def call(m: Machine, text: str) -> str:

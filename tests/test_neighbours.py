@@ -16,7 +16,7 @@ import pytest
 from conftest import Lab
 from lab.cells import CELLS, DEFAULT, KERNELS, Cell
 from lab.handover import handover, verify
-from lab.kload import IMAGE_SIZE, MIB, Segment, call, file_statements, kload, next_parameters
+from lab.kload import DEBUG, IMAGE_SIZE, MIB, Segment, call, file_statements, kload, next_image
 from lab.machine import Machine, TimeoutFailure
 from lab.qemu import RAM_BASE
 
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.neighbours
 
 ALIGNMENT = 2 * MIB  # of an Image, whatever the page size (booting.rst)
 TEXT_OFFSET = 0x80000  # of every Image before v5.8
-DEBUG = 0x8  # KEXEC_FILE_DEBUG
 PORTION = 64 * MIB  # of 256 MiB
 COUNT = 256 * MIB // PORTION  # of these fill it
 
@@ -64,8 +63,7 @@ class Placed:
 
 def load_next(m: Machine) -> str:
     """kexec_file_load() of the next kernel; returns the name of the error, or "0"."""
-    m.sh("fetch", timeout=300)
-    return call(m, file_statements("/next/Image", "/next/initrd", next_parameters(m)) + f"\nflags {DEBUG:#x}")
+    return call(m, next_image(m))
 
 
 def load_image(m: Machine, image_size: int, text_offset: int = 0) -> str:

@@ -10,13 +10,17 @@
  *                        write to each page of these physical ranges through the
  *                        linear map, and tell how many writes landed
  *   how=read ranges=...  the same, reading
+ *   how=litter ranges=0,STEP
+ *                        take one page in each STEP bytes of memory, for good
  *   how=store ranges=START,1
  *                        a plain store to the first of them
  *
  * Never stays loaded.
  */
+#include <linux/bitmap.h>
 #include <linux/delay.h>
 #include <linux/irq_work.h>
+#include <linux/list.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/smp.h>
@@ -106,6 +110,27 @@ static void touch_ranges(bool write)
 	pr_info("provoke: %lu pages, %lu faults\n", done + faults, faults);
 }
 
+/* All free memory is taken for a moment: a page that is kept may be anywhere */
+static void litter(unsigned long step)
+{
+	static DECLARE_BITMAP(littered, 1 << 16);
+	struct page *page, *next;
+	unsigned long kept = 0;
+	LIST_HEAD(pages);
+
+	while ((page = alloc_page(GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN)))
+		list_add(&page->lru, &pages);
+
+	list_for_each_entry_safe(page, next, &pages, lru) {
+		list_del(&page->lru);
+		if (test_and_set_bit(page_to_phys(page) / step % (1 << 16), littered))
+			__free_page(page);
+		else
+			kept++;
+	}
+	pr_info("provoke: %lu pages, 0 faults\n", kept);
+}
+
 static int __init provoke(void)
 {
 	if (!strcmp(how, "null")) {
@@ -118,6 +143,8 @@ static int __init provoke(void)
 		WARN(1, "provoked\n");
 	} else if (!strcmp(how, "write") || !strcmp(how, "read")) {
 		touch_ranges(how[0] == 'w');
+	} else if (!strcmp(how, "litter") && range_words == 2) {
+		litter(ranges[1]);
 	} else if (!strcmp(how, "store") && range_words) {
 		WRITE_ONCE(*(u8 *)phys_to_virt(ranges[0]), 0);
 	} else {
