@@ -23,6 +23,7 @@ from lab.errors import LabError, UsageError
 PACKAGE = "linux-source-7.3"
 SUITE = "trixie-backports"
 FILES = 101000  # in the package, for a percentage while unpacking
+HISTORY = ("linux-source-5.10", "bullseye")  # a long-term kernel that relocates with the MMU off
 ANY_BASE = "KEXEC_LAB_ANY_BASE"
 
 
@@ -48,7 +49,12 @@ def source(kernel_src: Path | None = None) -> Source:
     folder is no kernel tree.
     """
     given = kernel_src or (Path(os.environ["KERNEL_SRC"]) if os.environ.get("KERNEL_SRC") else None)
-    return _by_hand(given.resolve()) if given else _packaged()
+    return _by_hand(given.resolve()) if given else _packaged(PACKAGE, SUITE)
+
+
+def history() -> Source:
+    """An old kernel to compare with, from Debian. Raises LabError when it is not to be had."""
+    return _packaged(*HISTORY)
 
 
 def _by_hand(tree: Path) -> Source:
@@ -60,9 +66,9 @@ def _by_hand(tree: Path) -> Source:
     return Source(tree, version(tree), None, key, paths.CACHE / "base" / key)
 
 
-def _packaged() -> Source:
+def _packaged(package: str, suite: str) -> Source:
     host.require("base")
-    deb = apt.fetch([PACKAGE], "arm64", SUITE)[PACKAGE]
+    deb = apt.fetch([package], "arm64", suite)[package]
     package_version = deb.name.split("_")[1]
     key = re.sub(r"[^\w.-]", "_", package_version)
     home = paths.CACHE / "base" / key
@@ -70,23 +76,23 @@ def _packaged() -> Source:
     with lock.held(paths.CACHE / "lock", "the cache"):
         if not tree.exists():
             host.check_disk(host.DISK_FRESH)
-            with say.phase(f"unpacking {PACKAGE} {package_version}"):
+            with say.phase(f"unpacking {package} {package_version}"):
                 with paths.whole(tree) as folder:
-                    _unpack(deb, folder)
-    return Source(tree, version(tree), f"{PACKAGE} {package_version}", key, home)
+                    _unpack(package, deb, folder)
+    return Source(tree, version(tree), f"{package} {package_version}", key, home)
 
 
-def _unpack(deb: Path, folder: Path) -> None:
+def _unpack(package: str, deb: Path, folder: Path) -> None:
     folder.mkdir()
     script = ('set -o pipefail; dpkg-deb --fsys-tarfile "$0" | tar -xO "$1" | xz -dT0 '
               '| tar -xv --strip-components=1 -C "$2"')
-    member = f"./usr/src/{PACKAGE}.tar.xz"
+    member = f"./usr/src/{package}.tar.xz"
     count = 0
     other: list[str] = []
 
     def seen(line: str) -> None:
         nonlocal count
-        if line.startswith(PACKAGE):
+        if line.startswith(package):
             count += 1
             say.progress(count, FILES, f"({count} files)")
         else:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Iterator
 
-from lab import base, build, cells, guest, host, lock, model, paths, plot, plugin, proc, qemu, say
+from lab import base, build, cells, downtime, guest, host, kconfig, lock, model, paths, plot, plugin, proc, qemu, say
 from lab.build import Built
 from lab.cells import Kernel
 from lab.errors import LabError
@@ -35,10 +35,8 @@ from lab.stage import ARGS, enter, read_offsets, read_symbols
 REPORT = paths.OUT / "bench.json"
 KEPT = paths.ROOT / "bench"  # the committed copy
 
-OURS, MAINLINE = Kernel(4, 48), Kernel(4, 48, patched=False)
-
-# A CPU that was sold: its lines, and what DC ZVA zeroes, have 64 bytes.
-CELL = cells.CELLS["4k-va48-el1-a72"]
+OURS, MAINLINE = "this series", "mainline"
+CELL = cells.BENCHED
 
 # Relocation: one segment, in memory that the kernel does not take pages from while it has others.
 SIZES = (16, 64, 256, 512)  # MiB
@@ -82,20 +80,26 @@ class Load:
     tables: int | None
 
 
-def name(kernel: Kernel) -> str:
-    return "this series" if kernel.patched else "mainline"
+def kernels(source: base.Source, history: bool) -> dict[str, Built]:
+    """What is compared: this series and its base, and with `history` a kernel that relocates with the MMU off."""
+    ours, theirs = Kernel(4, 48), Kernel(4, 48, patched=False)
+    built = {OURS: build.build(ours, source), MAINLINE: build.build(theirs, source)}
+    if history:
+        old = base.history()
+        built[f"v{old.version}"] = build.build(theirs, old, kconfig.unknown(theirs, old.tree))
+    return built
 
 
 def relocate(built: Built, archives: Guest, mib: int, verify: bool, scattered: bool, *, zva: bool = True,
-             cell: cells.Cell = CELL, block: int = 64) -> Counts:
+             cell: cells.Cell = CELL, block: int = 64, mmu: bool = True) -> Counts:
     """Count one relocation; `zva` may DC ZVA be used, which zeroes `block` bytes on the CPU of `cell`?
 
-    Raises LabError if it does not come to its end.
+    `mmu`: is it on while pages are moved? Raises LabError if it does not come to its end.
     """
     cell = replace(cell, name=f"bench-{built.kernel.name}", kernel=built.kernel, memory=MEMORY, cpus=1, kaslr=False)
     with tempfile.TemporaryDirectory(prefix="lab.") as folder:
         out, socket = Path(folder) / "counts", Path(folder) / "gdb"
-        extra = [*plugin.options(plugin.entry(built), [FILL * 0x01010101], out, zva=block),
+        extra = [*plugin.options(plugin.entry(built), [FILL * 0x01010101], out, mmu, block),
                  *options(socket)]
         with Machine(cell, built, archives, extra=extra, report=lambda text: None) as m:
             m.hello()
@@ -113,7 +117,7 @@ def relocate(built: Built, archives: Guest, mib: int, verify: bool, scattered: b
             while not plugin.read(out):
                 m.heard(0.1)
                 if m.ended() or time.monotonic() > end:
-                    raise LabError(f"{name(built.kernel)} does not finish with {mib} MiB", str(m.console))
+                    raise LabError(f"{cell.name} does not finish with {mib} MiB", str(m.console))
         (counts,) = plugin.read(out)
     return counts
 
@@ -135,20 +139,20 @@ def _without(members: list[str], m: Machine, built: Built, socket: Path, leave: 
         gdb.resume()
 
 
-def relocations(kernels: list[Built], archives: Guest, sizes: tuple[int, ...] = SIZES) -> Iterator[Relocation]:
+def relocations(compared: dict[str, Built], archives: Guest, sizes: tuple[int, ...] = SIZES) -> Iterator[Relocation]:
     """Every relocation, the kernels in turn."""
     for mib in sizes:
         for scattered in (False, True):
-            for built in kernels:
+            for name, built in compared.items():
                 for verify in (False, True) if built.kernel.patched else (False,):
-                    one = Relocation(name(built.kernel), mib, verify, scattered,
-                                     relocate(built, archives, mib, verify, scattered))
+                    one = Relocation(name, mib, verify, scattered,
+                                     relocate(built, archives, mib, verify, scattered, mmu=name in (OURS, MAINLINE)))
                     say.info(f"   {one.kernel}, {mib} MiB{', verified' * verify}{', scattered' * scattered}: "
                              f"{one.counts.instructions / one.lines:.2f} instructions per line")
                     yield one
 
 
-def loads(built: Built, archives: Guest, memory: int) -> Iterator[Load]:
+def loads(name: str, built: Built, archives: Guest, memory: int) -> Iterator[Load]:
     """Both loaders on one machine, TIMES times each."""
     cell = replace(CELL, name=f"bench-{built.kernel.name}-{memory}", kernel=built.kernel, memory=memory,
                    cpus=1)
@@ -175,7 +179,7 @@ def loads(built: Built, archives: Guest, memory: int) -> Iterator[Load]:
             held = reserved_pages(m) - before
             loaded = Loaded(((image.mem, image.memsz), (initrd.mem, initrd.memsz)), None, None, None)
             tables = count_tables(m, loaded, held) if loader == "load" else None
-            one = Load(name(built.kernel), memory, loader, statistics.median(taken) / 1e6, held, tables)
+            one = Load(name, memory, loader, statistics.median(taken) / 1e6, held, tables)
             say.info(f"   {one}")
             yield one
 
@@ -185,15 +189,21 @@ def main(args: argparse.Namespace) -> int:
     host.require("base", "build", "boot", "plot")
     with lock.held(paths.OUT_LOCK, "this checkout's out/"):
         source = base.source(args.kernel_src)
-        kernels = [build.build(kernel, source) for kernel in (OURS, MAINLINE)]
+        compared = kernels(source, args.history)
         archives = guest.build()
         with say.phase("counting relocations"):
-            counted = list(relocations(kernels, archives))
+            counted = list(relocations(compared, archives))
+        # An old kernel is here for its relocation only.
+        compared = {name: compared[name] for name in (OURS, MAINLINE)}
         with say.phase("timing loads"):
-            timed = [one for memory in MEMORIES for built in kernels for one in loads(built, archives, memory)]
-        text = "\n\n".join([relocation_table(counted), load_table(timed), model.table(counted)])
+            timed = [one for memory in MEMORIES for name, built in compared.items()
+                     for one in loads(name, built, archives, memory)]
+        with say.phase("timing handovers"):
+            down = list(downtime.measure_all(compared, archives))
+        text = "\n\n".join([relocation_table(counted), load_table(timed), downtime.table(down), model.table(counted)])
         report = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "base": source.package or source.version,
-                  "relocation": [asdict(one) for one in counted], "load": [asdict(one) for one in timed]}
+                  "relocation": [asdict(one) for one in counted], "load": [asdict(one) for one in timed],
+                  "downtime": [asdict(one) for one in down]}
         paths.OUT.mkdir(exist_ok=True)
         REPORT.write_text(json.dumps(report, indent=1) + "\n")
         (paths.OUT / "bench.txt").write_text(f"{report['date']}, {report['machine']}\n\n{text}\n")

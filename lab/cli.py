@@ -100,6 +100,8 @@ def parser() -> argparse.ArgumentParser:
                         help="judge this one (may be repeated): " + " ".join(MUTANTS))
     _base_options(mutate)
     bench = add("bench", _module("bench"), "count and time this series and mainline in one run")
+    bench.add_argument("--history", action="store_true",
+                       help="v5.10, too, which relocates with the MMU off")
     bench.add_argument("--keep", action="store_true", help="copy what was found to bench/")
     _base_options(bench)
     fuzz = add("fuzz", _module("fuzz"), "load random lists of segments, and look at what arrives")
@@ -304,7 +306,7 @@ def _explain(args: argparse.Namespace) -> None:
         print(f"boot:    {cell.name} under qemu-system-aarch64, {args.accel}: {cell.cpu}, {cell.cpus} CPUs, "
               f"{cell.memory} MiB, {cell.el}")
     if args.command == "bench":
-        print(f"build:   kernels 4k-va48 and 4k-va48-base\nwrite:   {paths.OUT / 'bench.json'}, a table and plots"
+        print(f"build:   kernels 4k-va48 and 4k-va48-base{', and v5.10' if args.history else ''}\nwrite:   {paths.OUT / 'bench.json'}, a table and plots"
               + (", and copies of them in bench/" if args.keep else ""))
     if args.command == "run":
         print(f"load:    {', '.join(LOADERS[args.loader])}; execute and verify each")

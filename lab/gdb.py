@@ -16,6 +16,7 @@ from types import TracebackType
 from lab.errors import LabError
 
 ANSWER = 10.0  # seconds that QEMU has for an answer
+MRS_X0_CNTVCT = (0xD53BE040).to_bytes(4, "little")
 CHUNK = 1024  # bytes of memory in a packet, which QEMU limits to 4 KiB of hex
 INTERRUPT = b"\x03"
 REGISTERS = {f"x{n}": n for n in range(31)} | {"sp": 31, "pc": 32, "cpsr": 33}
@@ -122,6 +123,22 @@ class Gdb:
         """Change x0 to x30, sp, pc or cpsr."""
         size = 4 if name == "cpsr" else 8
         self._order(f"P{REGISTERS[name]:x}={value.to_bytes(size, 'little').hex()}")
+
+    def counter(self) -> int:
+        """CNTVCT_EL0 of a vCPU that is in the kernel, in its ticks: the next instruction is made an MRS for a moment."""
+        pc, x0 = self.register("pc"), self.register("x0")
+        instruction = self.read(pc, 4, virtual=True)
+        self.write(pc, MRS_X0_CNTVCT, virtual=True)
+        self.set_break(pc + 4)  # and no step(): QEMU 7.2 has none where time goes by instructions
+        self.resume()
+        if not self.wait(ANSWER):
+            raise GdbError(f"the guest does not go on from {pc:#x}: has its kernel set up the timer?")
+        self.clear_break(pc + 4)
+        ticks = self.register("x0")
+        self.write(pc, instruction, virtual=True)
+        self.set_register("x0", x0)
+        self.set_register("pc", pc)
+        return ticks
 
     def read(self, address: int, size: int, virtual: bool = False) -> bytes:
         """`size` bytes of memory."""

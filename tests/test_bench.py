@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Lab
-from lab import bench, host, plugin, proc, qemu
+from lab import bench, downtime, host, plugin, proc, qemu
 from lab.cells import Cell
 from lab.plugin import Counts
 
@@ -136,3 +136,18 @@ def test_other_blocks(cell: Cell, lab: Lab) -> None:
     c = bench.relocate(built, lab.guest, mib, True, True, cell=cell, zva=False)
     assert c.classes["dc_zva"] == 0
     assert (c.lines_fetched, c.lines_owned, c.bytes_stored) == (lines, 0, mib * MIB)
+
+
+@pytest.mark.cells(replace(bench.CELL, name="4k-va48-el1-downtime"))
+def test_downtime(cell: Cell, lab: Lab) -> None:
+    """The phases as they are read off from outside are those that the next kernel tells; nothing copied takes no time."""
+    assert lab.guest
+    built = lab.kernels[cell.kernel]
+    copied, in_place = (downtime.measure(bench.OURS, built, lab.guest, which) for which in (True, False))
+    lab.report(f"   {copied}\n   {in_place}")
+    assert in_place.said and copied.said
+    assert in_place.total < copied.total and in_place.said.copy_ms < copied.said.copy_ms / 10
+    for one in (copied, in_place):
+        assert one.said
+        assert one.said.seconds * 1000 == pytest.approx(one.total, rel=0.02)
+        assert one.said.shutdown_ms == pytest.approx(one.shutdown, rel=0.02)
