@@ -59,7 +59,8 @@ def test_the_line(machine: Machine) -> None:
         assert (line.shutdown_ms, line.copy_ms, line.startup_ms) == \
             tuple(rows[name] / 1000 for name in ("shutdown", "copy", "startup"))
         assert rows["shutdown"] and rows["startup"]
-        assert (rows["copy"] > 1000) == (rows["copied"] > 1 << 20) == (loader == "copied")
+        assert (rows["copy"] > 1000) == (rows["copied"] > 1 << 20)
+        assert rows["copied"] or loader == "file"
         assert line.seconds < wall
 
 
