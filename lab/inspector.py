@@ -71,8 +71,12 @@ def put(m: Machine) -> None:
 
 
 def expected(cell: Cell) -> list[str]:
-    """What kload has to be told of a cell's machine: where the report goes, and which EL is to be entered."""
-    return [f"uart pl011 {UART:#x}", f"el {cell.entered_at}"]
+    """What kload has to be told of a cell's machine: where the report goes, and which EL is to be entered.
+
+    And how to call firmware, where there is no device tree to ask.
+    """
+    psci = ["psci " + ("hvc" if cell.el == "el1" else "smc")] if cell.efi else []
+    return [f"uart pl011 {UART:#x}", f"el {cell.entered_at}", *psci]
 
 
 def statements(cell: Cell, at: int, segments: Sequence[Segment], further: Sequence[str] = (), ranges: int = 1000,
