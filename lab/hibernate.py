@@ -36,9 +36,10 @@ class Cycle:
 def machine_for(cell: Cell, **fields: object) -> Cell:
     """`cell` with as little memory as fits.
 
-    Without an ITS: v7.3 does not program a redistributor's LPI tables again when it resumes, and warns.
+    Without an ITS: v7.3 does not program a redistributor's LPI tables again when it resumes, and warns. But QEMU 7.2
+    has one in its ACPI tables in any case.
     """
-    fields = {"memory": MEMORY, "its": False} | fields
+    fields = {"memory": MEMORY, "its": cell.efi} | fields
     return replace(cell, name=f"{cell.name}-hibernate", **fields)  # type: ignore[arg-type]
 
 
