@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Iterator
 
-from lab import base, build, cells, downtime, guest, host, kconfig, lock, model, paths, plot, plugin, proc, qemu, say
+from lab import base, build, cells, downtime, guest, host, lock, model, paths, plot, plugin, proc, qemu, say
 from lab.build import Built
 from lab.cells import Kernel
 from lab.errors import LabError
@@ -86,7 +86,7 @@ def kernels(source: base.Source, history: bool) -> dict[str, Built]:
     built = {OURS: build.build(ours, source), MAINLINE: build.build(theirs, source)}
     if history:
         old = base.history()
-        built[f"v{old.version}"] = build.build(theirs, old, kconfig.unknown(theirs, old.tree))
+        built[f"v{old.version}"] = build.build(replace(theirs, flavour="v5.10"), old)
     return built
 
 

@@ -29,8 +29,8 @@ class Built:
     srctree: Path
 
 
-def build(kernel: Kernel, source: base.Source, later: Container[str] = ()) -> Built:
-    """Bring `kernel`, made from `source`, up to date; `later` as for configure().
+def build(kernel: Kernel, source: base.Source) -> Built:
+    """Bring `kernel`, made from `source`, up to date.
 
     Raises LabError with the compiler's messages when that fails.
     """
@@ -42,7 +42,7 @@ def build(kernel: Kernel, source: base.Source, later: Container[str] = ()) -> Bu
             host.check_disk(host.DISK_MORE)
             host.check_memory()
         with say.phase(f"building kernel {kernel.name}"):
-            configure(kernel, srctree, objdir, later)
+            configure(kernel, srctree, objdir)
             make(srctree, objdir, ["Image"])
     return find(kernel, source)
 

@@ -27,7 +27,7 @@ class Kernel:
 
     pages: int
     va: int
-    flavour: str = "lab"  # or "debug", "efi"
+    flavour: str = "lab"  # or "debug", "efi", "v5.10"
     patched: bool = True
 
     @property

@@ -42,14 +42,6 @@ def of_series() -> dict[str, str]:
     return parse((FOLDER / "series.config").read_text())
 
 
-def unknown(kernel: Kernel, tree: Path) -> set[str]:
-    """The options that `kernel` asks for and `tree`, which is of another age, has never heard of."""
-    known: set[str] = set()
-    for path in tree.rglob("Kconfig*"):
-        known.update(re.findall(r"^\s*(?:menu)?config\s+(\w+)", path.read_text(errors="replace"), re.M))
-    return set(wanted(kernel)) - known
-
-
 def configure(kernel: Kernel, tree: Path, objdir: Path, make: Make, later: Container[str] = ()) -> Path:
     """Write the .config of `kernel` into `objdir` and return it; untouched when nothing changed.
 
