@@ -17,13 +17,12 @@ from dataclasses import asdict, dataclass
 from typing import Mapping
 
 from lab import host, paths, say
-from lab.cells import KERNELS, Kernel
+from lab.cells import CELLS, KERNELS, Kernel
 from lab.errors import LabError, UsageError
 from lab.series import File
 
 VARIABLE = "KEXEC_LAB_MUTANT"
 REPORT = paths.OUT / "mutants.json"
-KERNEL = KERNELS["4k-va48"]
 LIMIT = 1500.0  # seconds that the tests of one mutant may take
 
 ASM = "arch/arm64/kernel/relocate_kernel.S"
@@ -37,13 +36,17 @@ CRASH = "arch/arm64/kernel/machine_kexec_crash.c"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One edit: `old`, which stands in `path` once, becomes `new`. The tests of the kinds `marks` go first."""
+    """One edit: `old`, which stands in `path` once, becomes `new`. The tests of the kinds `marks` go first.
+
+    It is judged on the kernel of that name.
+    """
 
     name: str
     path: str
     old: str
     new: str
     marks: str
+    kernel: str = "4k-va48"
 
     def apply(self, content: bytes) -> bytes:
         """Raises LabError when the file has changed since the mutant was written."""
@@ -127,7 +130,7 @@ _ALL = (
     Mutant("only-pages", TABLES, "\treturn level >= 2 ||", "\treturn level >= 3 ||", "kunit or matrix"),
     Mutant("entry-replaced", TABLES, "\t\t\tif (!pte_none(*entry))\n\t\t\t\treturn -EEXIST;\n", "", "kunit"),
     Mutant("writable-and-executable", TABLES, "\tif (writable && executable)\n\t\treturn false;\n", "", "kunit"),
-    Mutant("idmap-of-48-bits", TABLES, ">> 48 ? 52 : 48;", ">> 52 ? 52 : 48;", "kunit"),
+    Mutant("idmap-of-48-bits", TABLES, ">> 48 ? 52 : 48;", ">> 52 ? 52 : 48;", "kunit", "4k-va52"),
     Mutant("nomap-mapped", TABLES, "if (memblock_is_nomap(region) || s >= e)", "if (s >= e)", "kunit or badload"),
     Mutant("nearly-adjacent-is-adjacent", TABLES, "\t\tif (s == end) {", "\t\tif (end && s <= end + PAGE_SIZE) {", "kunit"),
     Mutant("tables-from-anywhere", LOAD, "\tstruct page *page = kimage_alloc_control_pages(arg, 0);",
@@ -171,9 +174,10 @@ def mutate(files: Mapping[str, File | None]) -> dict[str, File | None]:
     return result
 
 
-def judge(mutant: Mutant, kernel: Kernel = KERNEL) -> Death:
+def judge(mutant: Mutant) -> Death:
     """Build a mutant and run the tests on it: those of its own kinds, and if it survives them, all of them."""
     begin = time.monotonic()
+    kernel = KERNELS[mutant.kernel]
     env = os.environ | {VARIABLE: mutant.name}
     built = subprocess.run([paths.ROOT / "kexec-lab", "build", kernel.name], env=env, capture_output=True, text=True)
     killer = "the build" if built.returncode else ""
@@ -183,7 +187,8 @@ def judge(mutant: Mutant, kernel: Kernel = KERNEL) -> Death:
 
 
 def _first_failure(marks: str, kernel: Kernel, env: Mapping[str, str]) -> str:
-    command = [paths.ROOT / "kexec-lab", "check", "-m", marks, "-k", f"{kernel.name}-", "-x", "-q",
+    everything = [] if any(cell.core for cell in CELLS.values() if cell.kernel == kernel) else ["--all"]
+    command = [paths.ROOT / "kexec-lab", "check", *everything, "-m", marks, "-k", f"{kernel.name}-", "-x", "-q",
                "--durations=0", "--tb=line"]
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT)
