@@ -127,12 +127,7 @@ def _without(members: list[str], m: Machine, built: Built, socket: Path, leave: 
     machine_kexec = read_symbols(built.vmlinux)["machine_kexec"]
     offsets = read_offsets(built.objdir / "include/generated/asm-offsets.h")
     with Gdb(socket) as gdb:
-        gdb.set_break(machine_kexec)
-        gdb.resume()
-        m.sh(leave)
-        if not gdb.wait(PATIENCE):
-            raise LabError("the guest does not come to machine_kexec()", str(m.console))
-        gdb.clear_break(machine_kexec)
+        gdb.run_to(machine_kexec, PATIENCE, str(m.console), lambda: m.sh(leave))
         control = enter(gdb, machine_kexec, str(m.console))
         for member in members:
             gdb.write(control + ARGS + offsets[f"KEXEC_ARGS_{member}"], bytes(8))

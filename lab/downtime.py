@@ -46,7 +46,7 @@ class Downtime:
         return self.shutdown + self.rest
 
 
-def measure(name: str, built: Built, archives: Guest, copied: bool) -> Downtime:
+def measure(label: str, built: Built, archives: Guest, copied: bool) -> Downtime:
     """Load by kexec_file_load(), so that all is `copied` or so that it need not be, execute and verify.
 
     Raises LabError.
@@ -64,24 +64,17 @@ def measure(name: str, built: Built, archives: Guest, copied: bool) -> Downtime:
                 raise LabError(f"kexec_file_load() answers {answer}", str(m.console))
             since = len(m.log())
             with Gdb(Path(folder) / "gdb") as gdb:
-                def run_to(address: int, script: str = "") -> int:
-                    gdb.set_break(address)
-                    gdb.resume()
-                    if script:
-                        m.sh(script)
-                    if not gdb.wait(PATIENCE):
-                        raise LabError(f"the guest does not come to {address:#x}", str(m.console))
-                    gdb.clear_break(address)
-                    return gdb.counter()
-
-                begin = run_to(symbols["kernel_kexec"], "(sleep 1; exec kexec -e) >/dev/null 2>&1 &")
-                down, end = (run_to(symbols[name]) for name in ("machine_kexec", "rcu_end_inkernel_boot"))
+                times = []
+                for name, script in (("kernel_kexec", "(sleep 1; exec kexec -e) >/dev/null 2>&1 &"),
+                                     ("machine_kexec", ""), ("rcu_end_inkernel_boot", "")):
+                    gdb.run_to(symbols[name], PATIENCE, str(m.console), lambda: m.sh(script) if script else "")
+                    times.append(gdb.counter())
                 gdb.resume()
             m.generation += 1
             verify(m, m.hello(), since)
             said = timing.find(m.log()[since:])
-    return Downtime(name, copied, (down - begin) / FREQUENCY * 1e3, (end - down) / FREQUENCY * 1e3,
-                    said[0] if said else None)
+    shutdown, rest = ((after - before) / FREQUENCY * 1e3 for before, after in zip(times, times[1:]))
+    return Downtime(label, copied, shutdown, rest, said[0] if said else None)
 
 
 def measure_all(compared: dict[str, Built], archives: Guest) -> Iterator[Downtime]:

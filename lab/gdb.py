@@ -12,6 +12,7 @@ import socket
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Callable
 
 from lab.errors import LabError
 
@@ -90,6 +91,19 @@ class Gdb:
             self._end.sendall(INTERRUPT)
             if not self.wait(ANSWER):
                 raise GdbError("the guest does not stop")
+
+    def run_to(self, address: int, seconds: float, console: str, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Let the guest run to an address, and have `meanwhile` done that leads there.
+
+        Raises GdbError, which names the file of its `console`, if it does not come there within `seconds`.
+        """
+        self.interrupt()
+        self.set_break(address)
+        self.resume()
+        meanwhile()
+        if not self.wait(seconds):
+            raise GdbError(f"the guest does not come to {address:#x}", console)
+        self.clear_break(address)
 
     def step(self) -> None:
         """Execute one instruction on the selected vCPU."""

@@ -328,15 +328,9 @@ class Stage:
 
     def _leave(self, symbol: str) -> None:
         """Have the guest execute the image, up to a function of its kernel."""
-        address = self.symbols[symbol]
-        self.gdb.interrupt()
-        self.gdb.set_break(address)
-        self.gdb.resume()
         # In the background: the answer to this comes first.
-        self.machine.sh("rm -f /tmp/rc; (sleep 0.3; kexec -e; echo $? >/tmp/rc) >/tmp/said 2>&1 &")
-        if not self.gdb.wait(20):
-            raise LabError(f"the guest does not come to {symbol}()", str(self.machine.console))
-        self.gdb.clear_break(address)
+        script = "rm -f /tmp/rc; (sleep 0.3; kexec -e; echo $? >/tmp/rc) >/tmp/said 2>&1 &"
+        self._run_to(self.symbols[symbol], lambda: self.machine.sh(script))
 
     def _enter(self) -> None:
         """From machine_kexec() to the control page."""
@@ -396,13 +390,8 @@ class Stage:
         self._run_to(back)
         return time.monotonic() - begin
 
-    def _run_to(self, address: int) -> None:
-        self.gdb.interrupt()
-        self.gdb.set_break(address)
-        self.gdb.resume()
-        if not self.gdb.wait(20):
-            raise LabError(f"the guest does not come to {address:#x}", str(self.machine.console))
-        self.gdb.clear_break(address)
+    def _run_to(self, address: int, meanwhile: Callable[[], object] = lambda: None) -> None:
+        self.gdb.run_to(address, 20, str(self.machine.console), meanwhile)
 
     def answer(self, limit: float = 20.0) -> tuple[int, str] | None:
         """Let the guest run; exit status and words of `kexec -e`, or None if it did not come back."""

@@ -139,12 +139,7 @@ def test_the_phases_are_all_there_is(cell: Cell, lab: Lab, tmp_path: Path) -> No
         return int(m.monitor(f"xp /1wx {RTC:#x}").split(":")[1], 16)
 
     def run_to(symbol: str, script: str = "") -> int:
-        gdb.set_break(symbols[symbol])
-        gdb.resume()
-        if script:
-            m.sh(script)
-        assert gdb.wait(300), f"the guest does not come to {symbol}()"
-        gdb.clear_break(symbols[symbol])
+        gdb.run_to(symbols[symbol], 300, str(m.console), lambda: m.sh(script) if script else "")
         return clock()
 
     extra = [*options(tmp_path / "gdb"), "-icount", f"shift={NS},sleep=off", "-rtc", "clock=vm"]
