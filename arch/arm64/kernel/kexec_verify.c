@@ -114,8 +114,8 @@ static u32 crc_of_segment(const struct kimage *image, unsigned long n)
  * A crash kernel is entered whatever has become of it: there is nothing to go
  * back to.
  *
- * Without FEAT_CRC32 this would take the place of the purgatory's SHA-256, and
- * be as slow: verification is off then, and the log says so.
+ * Without FEAT_CRC32 it would take a table, and many times as long: verification
+ * is off then, and the log says so.
  *
  * Context: process context.
  */
@@ -161,7 +161,7 @@ void kexec_verify_init(struct kimage *image, struct kexec_control_args *args)
  *
  * Context: process context, kexec lock held, before anything is shut down.
  *
- * Return: 0, or -EIO with a line in the log that names the segment.
+ * Return: 0, or -EIO with a line in the log that names the segment, or the list.
  */
 int kexec_verify(const struct kimage *image)
 {
