@@ -34,7 +34,7 @@ def build(kernel: Kernel, source: base.Source) -> Built:
 
     Raises LabError with the compiler's messages when that fails.
     """
-    host.require("build")
+    host.require("build", *(["clang"] if kernel.by_clang else []))
     with lock.held(paths.CACHE / "build.lock", "the compiler"):
         srctree = tree.patched(source) if kernel.patched else source.tree
         objdir = object_folder(kernel, source)
@@ -43,7 +43,7 @@ def build(kernel: Kernel, source: base.Source) -> Built:
             host.check_memory()
         with say.phase(f"building kernel {kernel.name}"):
             configure(kernel, srctree, objdir)
-            make(srctree, objdir, ["Image"])
+            make(srctree, objdir, ["Image"], kernel.by_clang)
     return find(kernel, source)
 
 
@@ -65,7 +65,8 @@ def configure(kernel: Kernel, srctree: Path, objdir: Path, later: Container[str]
     Raises LabError naming options that were dropped.
     """
     objdir.mkdir(parents=True, exist_ok=True)
-    return kconfig.configure(kernel, srctree, objdir, lambda arguments: make(srctree, objdir, arguments), later)
+    return kconfig.configure(kernel, srctree, objdir,
+                             lambda arguments: make(srctree, objdir, arguments, kernel.by_clang), later)
 
 
 def environment() -> dict[str, str]:
@@ -84,13 +85,14 @@ def environment() -> dict[str, str]:
     }
 
 
-def command(srctree: Path, objdir: Path, arguments: Sequence[str]) -> list[str]:
-    """The make command for `arguments`."""
+def command(srctree: Path, objdir: Path, arguments: Sequence[str], by_clang: bool = False) -> list[str]:
+    """The make command for `arguments`. clang only compiles: its linker is GNU's, like everybody's."""
+    compiler = host.CLANG if by_clang else f"{host.CROSS_COMPILE}gcc"
     return ["make", "-C", str(srctree), f"O={objdir}", f"-j{host.cores()}", "ARCH=arm64",
-            f"CROSS_COMPILE={host.CROSS_COMPILE}", f"CC=ccache {host.CROSS_COMPILE}gcc", *arguments]
+            f"CROSS_COMPILE={host.CROSS_COMPILE}", f"CC=ccache {compiler}", *arguments]
 
 
-def make(srctree: Path, objdir: Path, arguments: Sequence[str]) -> list[str]:
+def make(srctree: Path, objdir: Path, arguments: Sequence[str], by_clang: bool = False) -> list[str]:
     """Run make, one at a time on this machine, and return what it printed, which is also in LOG below `objdir`.
 
     Raises LabError with the lines that matter when it fails.
@@ -109,7 +111,7 @@ def make(srctree: Path, objdir: Path, arguments: Sequence[str]) -> list[str]:
                 steps += 1
                 say.progress(steps, total, "compiled" if total else "steps")
 
-        status = proc.stream(command(srctree, objdir, arguments), seen, env=environment())
+        status = proc.stream(command(srctree, objdir, arguments, by_clang), seen, env=environment())
     if status != 0:
         raise LabError(f"'make {' '.join(arguments)}' failed in {objdir}:\n{errors(lines)}",
                        f"everything it said: {objdir / LOG}")

@@ -9,7 +9,7 @@ level (tests/test_cells.py holds the list to that). Cells for one question each
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lab.errors import UsageError
 
@@ -27,7 +27,7 @@ class Kernel:
 
     pages: int
     va: int
-    flavour: str = "lab"  # or "debug", "efi", "v5.10"
+    flavour: str = "lab"  # or the name of a file in config/
     patched: bool = True
 
     @property
@@ -35,6 +35,11 @@ class Kernel:
         flavour = "" if self.flavour == "lab" else f"-{self.flavour}"
         base = "" if self.patched else "-base"
         return f"{self.pages}k-va{self.va}{flavour}{base}"
+
+    @property
+    def by_clang(self) -> bool:
+        """Compiled by clang, as control-flow integrity wants it."""
+        return self.flavour == "cfi"
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Cell:
     holes: bool = False  # reserved-memory nodes with no-map in odd places
     uart: tuple[int, int] | None = None  # stdout-path names a 16550, in memory, with this reg-shift and reg-io-width
     spin_table: int = 0  # CPUs, the last ones, that the device tree has started by spin-table: QEMU never does
+    mte: bool = False  # memory has tags
     efi: bool = False  # booted by UEFI firmware, with ACPI instead of a device tree
     its: bool | None = None  # a GICv3 ITS; None: only with our kernels, as mainline may hang after a handover
     core: bool = False  # part of a plain `check`
@@ -72,6 +78,8 @@ K16_47, K16_52 = (Kernel(16, va) for va in VA_BITS[16])
 K64_42, K64_48, K64_52 = (Kernel(64, va) for va in VA_BITS[64])
 DEBUG = Kernel(4, 48, flavour="debug")
 EFI = Kernel(4, 48, flavour="efi")
+CFI = Kernel(4, 48, flavour="cfi")
+MTE = Kernel(4, 48, flavour="mte")
 
 MIB512, MIB1537, GIB2, GIB16, GIB64 = 512, 1537, 2048, 16384, 65536
 
@@ -148,6 +156,13 @@ def _all() -> list[Cell]:
         _cell(EFI, "vhe", efi=True),
         _cell(EFI, "nvhe", efi=True, cpus=4),
         _cell(EFI, "el1", efi=True, cpu=A57),
+        # Kernels hardened by what the compiler and the CPU can do.
+        _cell(CFI, "vhe"),
+        _cell(CFI, "nvhe", cpus=4),
+        _cell(CFI, "el1"),
+        _cell(MTE, "vhe", mte=True),
+        _cell(MTE, "nvhe", mte=True, cpus=4),
+        _cell(MTE, "el1", mte=True),
         # lockdep, DEBUG_PAGEALLOC, DEBUG_VIRTUAL, KFENCE, UBSAN; a warning is a panic.
         _cell(DEBUG, "vhe", append=("panic_on_warn=1",)),
         _cell(DEBUG, "el1", cpu=A57, kaslr=False, append=("panic_on_warn=1",)),
@@ -163,7 +178,7 @@ FUZZED = CELLS["4k-va48-nvhe"]  # its exit is the longest
 
 KERNELS: dict[str, Kernel] = {cell.kernel.name: cell.kernel for cell in CELLS.values()}
 # Mainline's own implementation, to measure against.
-KERNELS["4k-va48-base"] = Kernel(4, 48, patched=False)
+KERNELS |= {kernel.name: kernel for kernel in (replace(one, patched=False) for one in (K4_48, CFI, MTE))}
 
 
 def cell(name: str) -> Cell:

@@ -20,6 +20,7 @@ MEMORY_GUEST = 3  # GiB that a guest uses, whatever it is told that it has
 
 ARM64 = platform.machine() in ("aarch64", "arm64")
 CROSS_COMPILE = "" if ARM64 else "aarch64-linux-gnu-"
+CLANG = "clang-19"  # v7.3 takes 17 and up, Debian 12 has 16 or this
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ FEATURES: dict[str, Feature] = {
     "build": Feature(("gcc", "libc6-dev", *_CROSS, "make", "bison", "flex", "bc", "perl", "ccache",
                        "rsync"),  # by which selftests are installed
                      (CROSS_COMPILE + "gcc", "gcc", "make", "bison", "flex", "bc", "perl", "ccache", "rsync")),
+    "clang": Feature((CLANG,), (CLANG,)),
     "boot": Feature(("qemu-system-arm", "qemu-utils", "qemu-efi-aarch64"), ("qemu-system-aarch64", "qemu-img")),
     "test": Feature(("python3-pytest", "python3-pytest-timeout", "python3-pytest-xdist"), ()),
     "plot": Feature(("gnuplot-nox",), ("gnuplot",)),

@@ -18,8 +18,8 @@ def module(built: Built) -> Path:
     """Bring the module for a kernel up to date. Raises LabError with the compiler's messages when that fails."""
     folder = built.objdir / "lab.module"
     folder.mkdir(exist_ok=True)
-    build.make(built.srctree, built.objdir, ["modules"])  # it has none, but this tells what it exports
-    build.make(built.srctree, built.objdir, [f"M={SOURCE}", f"MO={folder}", "modules"])
+    for what in ["modules"], [f"M={SOURCE}", f"MO={folder}", "modules"]:  # the former tells what the kernel exports
+        build.make(built.srctree, built.objdir, what, built.kernel.by_clang)
     return folder / "provoke.ko"
 
 

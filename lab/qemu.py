@@ -37,9 +37,10 @@ def machine(cell: Cell, accel: str) -> list[str]:
                          "leave out --accel kvm, or take one of the el1 cells")
     el2 = ",virtualization=on" if cell.el != "el1" else ""
     its = "" if cell.has_its else ",its=off"
+    mte = ",mte=on" if cell.mte else ""
     # kexec-tools refuses to load when the seed for KASLR has been left unused.
     seed = "" if cell.kaslr else ",dtb-randomness=off"
-    return ["-machine", f"virt,gic-version=3{its}{el2}{seed},memory-backend=ram",
+    return ["-machine", f"virt,gic-version=3{its}{el2}{mte}{seed},memory-backend=ram",
             "-object", f"memory-backend-ram,id=ram,size={cell.memory}M,reserve=off",
             "-m", f"{cell.memory}M",
             "-accel", accel,

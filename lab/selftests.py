@@ -1,4 +1,4 @@
-"""The kernel's own selftests of kexec: built and installed as upstream does it, and brought into guests."""
+"""The kernel's own selftests of kexec and its users: built, installed and run as upstream does it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import tarfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Sequence
 
-from lab import base, build, host, lock, paths, proc, tree
+from lab import base, build, host, lock, paths, proc, qemu, tree
 from lab.errors import LabError
 from lab.machine import Machine
 
@@ -74,6 +75,47 @@ def install() -> Path:
     if status or not (folder / "run_kselftest.sh").is_file():
         raise LabError(f"the selftests of {TARGET} do not build:\n{build.errors(lines)}")
     return folder
+
+
+def vmtest(suite: str, srctree: Path, folder: Path, arguments: Sequence[str], virtualization: bool) -> Ktap:
+    """Have the vmtest.sh of `suite` in `srctree` build a kernel in `folder` and run it; what it reports.
+
+    The script stays as it is. Programs that it finds before others are: the compiler with a cache; timeout with ten
+    times the time, as it is meant for KVM; QEMU with `virtualization` if asked for, and its console kept in `folder`.
+    """
+    host.require("build", "boot")
+    programs = folder / "bin"
+    programs.mkdir(parents=True, exist_ok=True)
+    console = folder / "console.log"
+    console.unlink(missing_ok=True)
+    _program(programs / f"{host.CROSS_COMPILE}gcc", f'exec ccache {shutil.which(host.CROSS_COMPILE + "gcc")} "$@"')
+    _program(programs / "timeout", f'exec {shutil.which("timeout")} 300s "${{@:2}}"')
+    _program(programs / qemu.QEMU, f"""\
+for word; do
+    shift
+    case $word in
+    virt) word=virt{',virtualization=on' if virtualization else ''} ;;
+    file:*) serial=${{word#file:}} ;;
+    esac
+    set -- "$@" "$word"
+done
+{shutil.which(qemu.QEMU)} "$@"
+cp "$serial" {console}""")
+    env = build.environment() | {"CROSS_COMPILE": host.CROSS_COMPILE}
+    env["PATH"] = f"{programs}:{env['PATH']}"
+    lines: list[str] = []
+    with lock.held(paths.CACHE / "build.lock", "the compiler"):
+        proc.stream(["bash", str(srctree / "tools/testing/selftests" / suite / "vmtest.sh"), "-t", "aarch64",
+                     "-d", str(folder), "-j", str(host.cores()), *arguments], lines.append, env=env)
+    report = parse_ktap("\n".join(lines))
+    if not report.complete or not console.exists():
+        raise LabError(f"{suite}/vmtest.sh got nowhere:\n{build.errors(lines)}")
+    return report
+
+
+def _program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
 
 
 def put(m: Machine) -> None:

@@ -91,7 +91,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if group := _group(item):
             item.add_marker(pytest.mark.xdist_group(group))
     # The long ones first, so that nobody waits for the last of them.
-    items.sort(key=lambda item: _group(item) == "")
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("xdist_group", "long"))))
 
 
 def _group(item: pytest.Item) -> str:

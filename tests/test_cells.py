@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -44,6 +45,9 @@ def test_special_machines() -> None:
     assert {cell.memory for cell in ALL if cell.rodata == "on"} >= set(MEMORY)
     assert {cell.el for cell in ALL if cell.holes} == set(LEVELS)
     assert {cell.el for cell in ALL if any(word.startswith("cma=") for word in cell.append)} == set(LEVELS)
+    for flavour in ("cfi", "mte", "efi"):
+        assert {cell.el for cell in ALL if cell.kernel.flavour == flavour} == set(LEVELS)
+    assert all(cell.mte == (cell.kernel.flavour == "mte") for cell in ALL)
     debug = [cell for cell in ALL if cell.kernel.flavour == "debug"]
     assert {cell.el for cell in debug} == set(LEVELS)
     assert all("panic_on_warn=1" in cell.append for cell in debug)
@@ -68,8 +72,9 @@ def test_a_plain_check_needs_two_kernels_and_meets_every_level() -> None:
     assert cells.DEFAULT in core
 
 
-def test_the_unpatched_kernel_is_there_to_compare_with() -> None:
-    assert not KERNELS["4k-va48-base"].patched
+@pytest.mark.parametrize("name", ["4k-va48", "4k-va48-cfi", "4k-va48-mte"])
+def test_the_unpatched_kernel_is_there_to_compare_with(name: str) -> None:
+    assert KERNELS[f"{name}-base"] == replace(KERNELS[name], patched=False)
 
 
 def test_an_unknown_name_is_answered_with_those_there_are() -> None:

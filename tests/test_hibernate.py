@@ -28,6 +28,7 @@ LONG = [hibernate.machine_for(CELLS[name], append=(*CELLS[name].append, "crashke
                               kaslr=True, rodata="on", cpus=2) for name in PLAIN]
 HOLES = [hibernate.machine_for(CELLS[name], memory=1024) for name in
          ("4k-va48-vhe-holes", "64k-va52-el1-holes", "16k-va47-nvhe-holes")]
+HARDENED = [hibernate.machine_for(cell) for cell in CELLS.values() if cell.kernel.flavour in ("cfi", "mte")]
 CYCLES = {False: 1, True: 10}  # in a plain check, and with --all
 
 
@@ -76,6 +77,12 @@ def test_again_and_again(cell: Cell, cycles: int, start: Callable[[Cell], Machin
 @pytest.mark.cells(*HOLES)
 def test_with_holes_in_memory(cell: Cell, cycles: int, start: Callable[[Cell], Machine]) -> None:
     several(start(cell), cycles)
+
+
+@pytest.mark.cells(*HARDENED)
+def test_hardened(cell: Cell, start: Callable[[Cell], Machine]) -> None:
+    """Neither type hashes, nor signed or shadowed return addresses, nor tags are lost on the way."""
+    several(start(cell), 2)
 
 
 @pytest.mark.cells(*(replace(cell, core=cell is LONG[0]) for cell in LONG))

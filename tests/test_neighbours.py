@@ -15,9 +15,9 @@ import pytest
 
 from conftest import Lab
 from lab.cells import CELLS, DEFAULT, KERNELS, Cell
-from lab.handover import handover, verify
+from lab.handover import handover, load, verify
 from lab.kload import DEBUG, IMAGE_SIZE, MIB, Segment, call, file_statements, kload, next_image
-from lab.machine import Machine, TimeoutFailure
+from lab.machine import Crashed, Machine, Panicked, TimeoutFailure
 from lab.qemu import RAM_BASE
 
 pytestmark = pytest.mark.neighbours
@@ -38,9 +38,9 @@ ONE_CPU = replace(SPIN_TABLE, name="4k-va48-vhe-spin-table-one", append=("nr_cpu
 
 
 def with_base(*cells: Cell) -> tuple[Cell, ...]:
-    """These, and the same with mainline's own kernel."""
-    return cells + tuple(replace(cell, name=f"{cell.name}-base", kernel=KERNELS["4k-va48-base"], core=False)
-                         for cell in cells if cell.kernel.name == "4k-va48")
+    """These, and the same with mainline's own kernel, where there is one."""
+    return cells + tuple(replace(cell, name=f"{cell.name}-base", kernel=KERNELS[f"{cell.kernel.name}-base"], core=False)
+                         for cell in cells if f"{cell.kernel.name}-base" in KERNELS)
 
 
 # Loading, with the kernel telling where
@@ -239,6 +239,23 @@ def test_end_of_a_segment_in_cma(cell: Cell, machine: Machine, tmp_path: Path) -
     left = len(dump.read_bytes().replace(b"\0", b""))
     machine.report(f"   {cell.name}: {left} of {kernel.end - start} bytes behind the Image are not zero")
     assert (left == 0) == cell.kernel.patched
+
+
+# Kernels that are hardened
+
+@pytest.mark.cells(*with_base(*(cell for cell in CELLS.values() if cell.kernel.flavour in ("cfi", "mte"))))
+def test_hardened(cell: Cell, machine: Machine) -> None:
+    """What guards a kernel does not keep it from leaving."""
+    if cell.kernel.patched or not cell.kernel.by_clang:
+        handover(machine, "load-nocheck")
+        handover(machine, "file")
+        return
+    load(machine, "load-nocheck")
+    machine.silence = 10
+    since = len(machine.log())
+    with pytest.raises((TimeoutFailure, Panicked, Crashed)):
+        machine.exec()
+    assert "Booting Linux" not in machine.log()[since:]
 
 
 # CPUs that do not stop
