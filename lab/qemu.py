@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
-from lab import fdt, proc
+from lab import apt, fdt, host, lock, paths, proc
 from lab.cells import Cell
 from lab.errors import UsageError
 
 QEMU = "qemu-system-aarch64"
+WORKING_MTE = 10  # the version; with 7.2 a kernel finds other tags than it set, what lies between was not tried
 FIRMWARE = "/usr/share/qemu-efi-aarch64/QEMU_EFI.fd"
 RAM_BASE = 0x40000000
 MIB = 1 << 20
@@ -28,6 +31,28 @@ class Boot:
     next_initrd: Path
     accel: str = "tcg"
     dtb: Path | None = None
+
+
+@cache
+def program(mte: bool) -> tuple[str, ...]:
+    """The command that is QEMU: the machine's own, or for MTE one of Debian's backports if that is too old.
+
+    Raises LabError when it is not to be had.
+    """
+    if not mte:
+        return (QEMU,)
+    said = proc.run([QEMU, "--version"]).stdout.decode()
+    if int(re.findall(r"version (\d+)", said)[0]) >= WORKING_MTE:
+        return (QEMU,)
+    arch = proc.run(["dpkg", "--print-architecture"]).stdout.decode().strip()
+    debs = apt.fetch(["qemu-system-arm", "qemu-system-common", "qemu-system-data"], arch, f"{host.release()}-backports")
+    home = paths.CACHE / debs["qemu-system-arm"].stem
+    with lock.held(paths.CACHE / "lock", "the cache"):
+        if not home.exists():
+            with paths.whole(home) as folder:
+                for deb in debs.values():
+                    proc.run(["dpkg-deb", "-x", deb, folder])
+    return str(home / "usr/bin" / QEMU), "-L", str(home / "usr/share/qemu")
 
 
 def machine(cell: Cell, accel: str) -> list[str]:
@@ -65,7 +90,7 @@ def arguments(boot: Boot) -> list[str]:
         return ["-drive", f"if=none,id={name},file={path},format=raw,readonly=on",
                 "-device", f"virtio-blk-device,drive={name},serial={name}"]
 
-    return [QEMU, *machine(boot.cell, boot.accel),
+    return [*program(boot.cell.mte), *machine(boot.cell, boot.accel),
             *(["-dtb", str(boot.dtb)] if boot.dtb else []),
             "-kernel", str(boot.image), "-initrd", str(boot.initrd), "-append", parameters(boot.cell),
             *disk("Image", boot.next_image), *disk("initrd", boot.next_initrd)]
@@ -126,7 +151,7 @@ def device_tree(cell: Cell, path: Path, accel: str = "tcg") -> fdt.Tree:
     """The tree that QEMU makes for a cell. `path` is for a file that is left there."""
     options = machine(cell, accel)
     options[1] += f",dumpdtb={path}"
-    proc.run([QEMU, *options])
+    proc.run([*program(cell.mte), *options])
     return fdt.parse(path.read_bytes())
 
 

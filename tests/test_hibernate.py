@@ -28,7 +28,9 @@ LONG = [hibernate.machine_for(CELLS[name], append=(*CELLS[name].append, "crashke
                               kaslr=True, rodata="on", cpus=2) for name in PLAIN]
 HOLES = [hibernate.machine_for(CELLS[name], memory=1024) for name in
          ("4k-va48-vhe-holes", "64k-va52-el1-holes", "16k-va47-nvhe-holes")]
-HARDENED = [hibernate.machine_for(cell) for cell in CELLS.values() if cell.kernel.flavour in ("cfi", "mte")]
+# The image has no tags of the kernel's own memory: with KASAN_HW_TAGS v7.3 does not come back either.
+HARDENED = [hibernate.machine_for(cell, append=(*cell.append, *(["kasan=off"] if cell.mte else [])))
+            for cell in CELLS.values() if cell.kernel.flavour in ("cfi", "mte")]
 CYCLES = {False: 1, True: 10}  # in a plain check, and with --all
 
 
