@@ -58,7 +58,6 @@ class Cell:
     holes: bool = False  # reserved-memory nodes with no-map in odd places
     uart: tuple[int, int] | None = None  # stdout-path names a 16550, in memory, with this reg-shift and reg-io-width
     spin_table: int = 0  # CPUs, the last ones, that the device tree has started by spin-table: QEMU never does
-    mte: bool = False  # memory has tags
     efi: bool = False  # booted by UEFI firmware, with ACPI instead of a device tree
     its: bool | None = None  # a GICv3 ITS; None: only with our kernels, as mainline may hang after a handover
     core: bool = False  # part of a plain `check`
@@ -66,6 +65,11 @@ class Cell:
     @property
     def has_its(self) -> bool:
         return self.kernel.patched if self.its is None else self.its
+
+    @property
+    def mte(self) -> bool:
+        """Memory has tags."""
+        return self.kernel.flavour == "mte"
 
     @property
     def entered_at(self) -> int:
@@ -80,6 +84,7 @@ DEBUG = Kernel(4, 48, flavour="debug")
 EFI = Kernel(4, 48, flavour="efi")
 CFI = Kernel(4, 48, flavour="cfi")
 MTE = Kernel(4, 48, flavour="mte")
+HARDENED = (CFI, MTE)
 
 MIB512, MIB1537, GIB2, GIB16, GIB64 = 512, 1537, 2048, 16384, 65536
 
@@ -160,9 +165,9 @@ def _all() -> list[Cell]:
         _cell(CFI, "vhe"),
         _cell(CFI, "nvhe", cpus=4),
         _cell(CFI, "el1"),
-        _cell(MTE, "vhe", mte=True),
-        _cell(MTE, "nvhe", mte=True, cpus=4),
-        _cell(MTE, "el1", mte=True),
+        _cell(MTE, "vhe"),
+        _cell(MTE, "nvhe", cpus=4),
+        _cell(MTE, "el1"),
         # lockdep, DEBUG_PAGEALLOC, DEBUG_VIRTUAL, KFENCE, UBSAN; a warning is a panic.
         _cell(DEBUG, "vhe", append=("panic_on_warn=1",)),
         _cell(DEBUG, "el1", cpu=A57, kaslr=False, append=("panic_on_warn=1",)),
@@ -178,7 +183,7 @@ FUZZED = CELLS["4k-va48-nvhe"]  # its exit is the longest
 
 KERNELS: dict[str, Kernel] = {cell.kernel.name: cell.kernel for cell in CELLS.values()}
 # Mainline's own implementation, to measure against.
-KERNELS |= {kernel.name: kernel for kernel in (replace(one, patched=False) for one in (K4_48, CFI, MTE))}
+KERNELS |= {kernel.name: kernel for kernel in (replace(one, patched=False) for one in (K4_48, *HARDENED))}
 
 
 def cell(name: str) -> Cell:

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import Lab
 from lab import hibernate, kdump, module
-from lab.cells import CELLS, KERNELS, Cell
+from lab.cells import CELLS, HARDENED, KERNELS, Cell
 from lab.faults import SLOTS
 from lab.gdb import Gdb, options
 from lab.handover import handover
@@ -29,8 +29,8 @@ LONG = [hibernate.machine_for(CELLS[name], append=(*CELLS[name].append, "crashke
 HOLES = [hibernate.machine_for(CELLS[name], memory=1024) for name in
          ("4k-va48-vhe-holes", "64k-va52-el1-holes", "16k-va47-nvhe-holes")]
 # The image has no tags of the kernel's own memory: with KASAN_HW_TAGS v7.3 does not come back either.
-HARDENED = [hibernate.machine_for(cell, append=(*cell.append, *(["kasan=off"] if cell.mte else [])))
-            for cell in CELLS.values() if cell.kernel.flavour in ("cfi", "mte")]
+GUARDED = [hibernate.machine_for(cell, append=(*cell.append, *(["kasan=off"] if cell.mte else [])))
+           for cell in CELLS.values() if cell.kernel in HARDENED]
 CYCLES = {False: 1, True: 10}  # in a plain check, and with --all
 
 
@@ -81,7 +81,7 @@ def test_with_holes_in_memory(cell: Cell, cycles: int, start: Callable[[Cell], M
     several(start(cell), cycles)
 
 
-@pytest.mark.cells(*HARDENED)
+@pytest.mark.cells(*GUARDED)
 def test_hardened(cell: Cell, start: Callable[[Cell], Machine]) -> None:
     """Neither type hashes, nor signed or shadowed return addresses, nor tags are lost on the way."""
     several(start(cell), 2)

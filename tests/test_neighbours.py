@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Lab
-from lab.cells import CELLS, DEFAULT, KERNELS, Cell
+from lab.cells import CELLS, DEFAULT, HARDENED, KERNELS, Cell
 from lab.handover import handover, load, verify
 from lab.kload import DEBUG, IMAGE_SIZE, MIB, Segment, call, file_statements, kload, next_image
 from lab.machine import Crashed, Machine, Panicked, TimeoutFailure
@@ -243,7 +243,7 @@ def test_end_of_a_segment_in_cma(cell: Cell, machine: Machine, tmp_path: Path) -
 
 # Kernels that are hardened
 
-@pytest.mark.cells(*with_base(*(cell for cell in CELLS.values() if cell.kernel.flavour in ("cfi", "mte"))))
+@pytest.mark.cells(*with_base(*(cell for cell in CELLS.values() if cell.kernel in HARDENED)))
 def test_hardened(cell: Cell, machine: Machine) -> None:
     """What guards a kernel does not keep it from leaving."""
     if cell.kernel.patched:

@@ -385,7 +385,7 @@ static int kexec_check_pages(const struct kimage *image)
  *         pages become its control pages, outside of every destination
  *
  * An image with nothing to move (a crash kernel, segments in contiguous memory
- * that was claimed for good) gets flushed, and its CRCs, and is done.
+ * that was claimed for good) gets flushed and CRCs (a crash kernel has none).
  *
  * Context: process context, kexec lock held.
  *
