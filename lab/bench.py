@@ -18,11 +18,12 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 from lab import base, build, cells, downtime, guest, host, lock, model, paths, plot, plugin, proc, qemu, say
 from lab.build import Built
 from lab.cells import Kernel
+from lab.downtime import Downtime
 from lab.errors import LabError
 from lab.gdb import Gdb, options
 from lab.guest import Guest
@@ -46,7 +47,8 @@ FILL = 0x14  # an image of 0x14141414: a branch, and how the plugin knows it
 PATIENCE = 300.0  # seconds for a relocation
 
 # Load
-MEMORIES = (512, 2048, 8192, 16384, 65536, 131072)  # MiB
+GIB64 = 65536  # MiB
+MEMORIES = (512, 2048, 8192, 16384, GIB64, 131072)  # MiB
 TIMES = 5
 PAGE = 4096
 
@@ -78,6 +80,21 @@ class Load:
     millions: float  # instructions of the call, the median
     pages: int
     tables: int | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure of this series, which is to be at most, or with `least` at least, `limit`; mainline's, if it has one."""
+
+    what: str
+    mainline: float | None
+    ours: float
+    limit: float
+    least: bool = False
+
+    @property
+    def reached(self) -> bool:
+        return self.ours >= self.limit if self.least else self.ours <= self.limit
 
 
 def kernels(source: base.Source, history: bool) -> dict[str, Built]:
@@ -195,14 +212,15 @@ def main(args: argparse.Namespace) -> int:
                      for one in loads(name, built, archives, memory)]
         with say.phase("timing handovers"):
             down = list(downtime.measure_all(compared, archives))
-        text = "\n\n".join([relocation_table(counted), load_table(timed), downtime.table(down), model.table(counted)])
+        text = "\n\n".join([target_table(targets(counted, timed, down)), relocation_table(counted), load_table(timed),
+                            downtime.table(down), model.table(counted)])
         report = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "base": source.package or source.version,
                   "relocation": [asdict(one) for one in counted], "load": [asdict(one) for one in timed],
                   "downtime": [asdict(one) for one in down]}
         paths.OUT.mkdir(exist_ok=True)
         REPORT.write_text(json.dumps(report, indent=1) + "\n")
         (paths.OUT / "bench.txt").write_text(f"{report['date']}, {report['machine']}\n\n{text}\n")
-        plot.bench(counted, timed, paths.OUT)
+        plot.bench(counted, timed, down, paths.OUT)
         print(text)
         if args.keep:
             KEPT.mkdir(exist_ok=True)
@@ -216,6 +234,52 @@ def machine() -> str:
     """What this runs on, in words."""
     version = proc.run([qemu.QEMU, "--version"]).stdout.decode().split("\n")[0]
     return f"{platform.machine()}, {os.cpu_count()} CPUs, {version}"
+
+
+def targets(counted: list[Relocation], timed: list[Load], down: list[Downtime]) -> list[Target]:
+    """What this series is to reach: the worst of all that was measured."""
+    def moved(name: str, verify: bool = False) -> list[Relocation]:
+        return [one for one in counted if one.kernel == name and one.verify == verify]
+
+    def held(name: str, memory: int | None = None) -> float:
+        return max(one.tables * PAGE / 1024 for one in timed
+                   if one.kernel == name and one.tables is not None and memory in (None, one.memory))
+
+    def growth(name: str, loader: str) -> float:
+        calls = {one.memory: one.millions for one in timed if one.kernel == name and one.loader == loader}
+        return calls[max(calls)] / calls[min(calls)]
+
+    def worst(of: Callable[[Relocation], float]) -> tuple[float, float]:
+        return max(map(of, moved(MAINLINE))), max(map(of, moved(OURS)))
+
+    (in_place,) = (one for one in down if not one.copied and one.said)
+    said = max(abs(one.said.seconds * 1e3 / one.total - 1) * 100 for one in down if one.said)
+    sizes = sorted({one.memory for one in timed})
+    grows = f"instructions, {sizes[-1]} against {sizes[0]} MiB"
+    return [
+        Target(f"tables at {GIB64} MiB, KiB", held(MAINLINE, GIB64), held(OURS, GIB64), 64),
+        Target("tables at any size, KiB", held(MAINLINE), held(OURS), 64),
+        Target(f"kexec_load(): {grows}", growth(MAINLINE, "load"), growth(OURS, "load"), 1.1),
+        Target(f"kexec_file_load(): {grows}", growth(MAINLINE, "file"), growth(OURS, "file"), 1.1),
+        Target("destination lines read for ownership, per MiB", *worst(lambda one: one.counts.lines_fetched / one.mib), 0),
+        Target("source lines prefetched, %", *(min(one.counts.classes["prefetch"] / one.lines * 100 for one in moved(name))
+                                               for name in (MAINLINE, OURS)), 90, least=True),
+        Target("instructions per line", *worst(lambda one: one.counts.instructions / one.lines), 16),
+        Target("instructions per line, verified", None,
+               max(one.counts.instructions / one.lines for one in moved(OURS, True)), 26),
+        Target("barriers per relocation", *worst(lambda one: one.counts.barriers), 15),
+        Target("kexec_file_load() of kernel and initrd: MiB copied", None, in_place.said.copied_mib, 0),
+        Target("phases that are said against those seen, % off", None, said, 2),
+    ]
+
+
+def target_table(reached: list[Target]) -> str:
+    """Figures, and whether they are what was to be reached."""
+    rows = [("FIGURE", "MAINLINE", "THIS SERIES", "TO REACH", "REACHED")]
+    rows += [(one.what, "-" if one.mainline is None else f"{one.mainline:.2f}", f"{one.ours:.2f}",
+              f"{'at least' if one.least else 'at most'} {one.limit:g}", "yes" if one.reached else "NO")
+             for one in reached]
+    return "\n".join(say.columns(rows, 1))
 
 
 def relocation_table(counted: list[Relocation]) -> str:

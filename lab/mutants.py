@@ -23,7 +23,7 @@ from lab.series import File
 
 VARIABLE = "KEXEC_LAB_MUTANT"
 REPORT = paths.OUT / "mutants.json"
-LIMIT = 1500.0  # seconds that the tests of one mutant may take
+LIMIT = 2700.0  # seconds that the tests of one mutant may take
 
 ASM = "arch/arm64/kernel/relocate_kernel.S"
 VECTORS = "arch/arm64/mm/trans_pgd-asm.S"
@@ -78,6 +78,7 @@ _ALL = (
     Mutant("serrors-all-fatal", ASM, "\ttbz\tx29, #ESR_ELx_AET_SHIFT + 1, 5f", "\tb\t5f", "faults"),
     Mutant("serrors-all-survived", ASM, "\ttbnz\tx29, #ESR_ELx_AET_SHIFT, 5f\n", "", "faults"),
     Mutant("not-cleaned", ASM, "\tdc\tcivac, x9\n", "\tnop\n", "bench"),
+    Mutant("one-line-cleaned", ASM, "\tdc\tcivac, x9\n", "\tdc\tcivac, x19\n", "bench"),
     Mutant("no-tlb-maintenance", ASM, "\tbreak_before_make_ttbr_switch x9, x8, x0, x1\n",
            "\tphys_to_ttbr x0, x8\n\tmsr\tttbr1_el1, x0\n\tisb\n", "bench or handover"),
     Mutant("last-line-of-page-skipped", ASM, "\tadd\tx10, x8, #PAGE_SIZE\n",
@@ -210,8 +211,8 @@ def main(args: argparse.Namespace) -> int:
         death = judge(mutant)
         deaths.append(death)
         say.info(f"{number:3d}/{len(wanted)} {mutant.name:36} {death.killer or 'SURVIVED'} ({death.seconds:.0f} s)")
-    paths.OUT.mkdir(exist_ok=True)
-    REPORT.write_text(json.dumps([asdict(death) for death in deaths], indent=1) + "\n")
+        paths.OUT.mkdir(exist_ok=True)
+        REPORT.write_text(json.dumps([asdict(one) for one in deaths], indent=1) + "\n")
     survivors = [death.mutant for death in deaths if not death.killer]
     say.info(f"{len(deaths) - len(survivors)} of {len(deaths)} killed; {REPORT.relative_to(paths.ROOT)} has the table")
     if survivors:

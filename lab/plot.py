@@ -9,6 +9,7 @@ from lab import proc
 
 if TYPE_CHECKING:
     from lab.bench import Load, Relocation
+    from lab.downtime import Downtime
 
 HEAD = "set terminal svg size 760,420 font 'sans,12' background 'white'\nset grid ytics\nset key left top\n"
 
@@ -22,8 +23,10 @@ def _block(name: str, rows: list[tuple[object, ...]]) -> str:
     return f"${name} << EOD\n{lines}\nEOD\n"
 
 
-def bench(counted: "list[Relocation]", timed: "list[Load]", folder: Path) -> None:
-    """bench-lines.svg: events per line that is moved; bench-tables.svg, bench-load.svg: against memory."""
+def bench(counted: "list[Relocation]", timed: "list[Load]", down: "list[Downtime]", folder: Path) -> None:
+    """bench-lines.svg: events per line that is moved; bench-tables.svg, bench-load.svg: against memory;
+    bench-downtime.svg: phases.
+    """
     biggest = max(one.mib for one in counted)
     rows: list[tuple[object, ...]] = []
     for one in counted:
@@ -49,3 +52,9 @@ def bench(counted: "list[Relocation]", timed: "list[Load]", folder: Path) -> Non
             curves.append(f"$k{number} using 1:2 with linespoints lw 2 title '{kernel}'")
         _draw(HEAD + blocks + f"set output '{folder}/{output}'\nset title '{title}'\nset logscale x 2\n"
               f"set logscale y\nset xlabel 'memory, GiB'\nset ylabel '{label}'\nplot {', '.join(curves)}\n")
+    phases = [(f"{one.kernel}, {'copied' if one.copied else 'in place'}", one.shutdown, one.rest) for one in down]
+    _draw(HEAD + _block("phases", phases) + f"set output '{folder}/bench-downtime.svg'\n"
+          "set title 'From the reboot call to init: milliseconds, one instruction per nanosecond'\n"
+          "set style data histogram\nset style histogram rowstacked\nset style fill solid 0.8\nset boxwidth 0.6\n"
+          "set yrange [0:*]\nset key outside\nplot $phases using 2:xtic(1) title 'shutdown', "
+          "$phases using 3 title 'the rest'\n")
