@@ -186,6 +186,11 @@ KERNELS: dict[str, Kernel] = {cell.kernel.name: cell.kernel for cell in CELLS.va
 KERNELS |= {kernel.name: kernel for kernel in (replace(one, patched=False) for one in (K4_48, *HARDENED))}
 
 
+def on_base(one: Cell) -> Cell:
+    """The same machine with mainline's own kernel, which has to be one of KERNELS; never part of a plain `check`."""
+    return replace(one, name=f"{one.name}-base", kernel=KERNELS[f"{one.kernel.name}-base"], core=False)
+
+
 def cell(name: str) -> Cell:
     """The cell called `name`. Raises UsageError, with the names there are."""
     try:

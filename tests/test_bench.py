@@ -249,3 +249,11 @@ def test_targets() -> None:
     assert sum(not reached for reached in found([*OURS, THEIRS], seen=1030.0).values()) == 1
     slow = [replace(one, counts=replace(one.counts, instructions=27 * LINES)) for one in OURS]
     assert sum(not reached for reached in found([*slow, THEIRS]).values()) == 2
+
+
+def test_no_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that the host has no room for is left out."""
+    monkeypatch.setattr(host, "available_memory", lambda: 4.5)
+    assert bench.carried() == [512, 2048, 8192, 16384, 65536, 131072]
+    monkeypatch.setattr(host, "available_memory", lambda: 8.0)
+    assert bench.carried() == list(bench.MEMORIES)

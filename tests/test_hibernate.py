@@ -13,7 +13,7 @@ import pytest
 
 from conftest import Lab
 from lab import hibernate, kdump, module
-from lab.cells import CELLS, HARDENED, KERNELS, Cell
+from lab.cells import CELLS, HARDENED, Cell, on_base
 from lab.faults import SLOTS
 from lab.gdb import Gdb, options
 from lab.handover import handover
@@ -166,7 +166,7 @@ def test_fault_while_resuming(cell: Cell, lab: Lab, tmp_path: Path) -> None:
 SIZES = {hibernate.machine_for(CELLS["4k-va48-vhe"], memory=memory, kaslr=False): 16 for memory in (2048, 16384)}
 SIZES = {replace(cell, name=f"4k-va48-vhe-resume-{cell.memory}", core=cell.memory == 2048): most
          for cell, most in SIZES.items()}
-PEERS = {replace(cell, name=f"{cell.name}-base", kernel=KERNELS["4k-va48-base"], core=False): None for cell in SIZES}
+PEERS = {on_base(cell): None for cell in SIZES}
 
 
 @pytest.mark.cells(*SIZES, *PEERS)

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import Lab
 from lab import kdump, module, qemu
-from lab.cells import CELLS, KERNELS, Cell
+from lab.cells import CELLS, Cell, on_base
 from lab.handover import load, log_since, reserved_pages, taken_memory, verify
 from lab.kdump import CRASHES, LOADERS, MIB, crash_and_verify, ranges_of
 from lab.kload import Segment, kload
@@ -38,7 +38,7 @@ CASES = cases()
 ON = kdump.machine_for(CELLS["4k-va48-vhe"])
 ON_64K = kdump.machine_for(CELLS["64k-va52-el1"])
 BLOCKS = replace(kdump.machine_for(CELLS["4k-va48-nvhe"], rodata="noalias"), name="4k-va48-nvhe-kdump-blocks")
-BASE = replace(ON, name="4k-va48-vhe-kdump-base", kernel=KERNELS["4k-va48-base"], core=False)
+BASE = on_base(ON)
 
 
 @pytest.mark.cells(*CASES)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Iterable
 
 import pytest
 
-from lab.cells import CELLS, KERNELS, Cell
+from lab.cells import CELLS, Cell, on_base
 from lab.handover import LOADERS, Handover, handover
 from lab.machine import Machine
 
 TABLES = 16  # pages, whatever the memory
 PLAIN = ("4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1", "64k-va52-vhe", "64k-va52-nvhe", "64k-va52-el1")
-MAINLINE = [replace(CELLS[name], name=f"{name}-base", kernel=KERNELS["4k-va48-base"], core=False)
-            for name in ("4k-va48-vhe-512m", "4k-va48-vhe-1537m", "4k-va48-vhe", "4k-va48-vhe-16g", "4k-va48-vhe-64g")]
+MAINLINE = [on_base(CELLS[name]) for name in ("4k-va48-vhe-512m", "4k-va48-vhe-1537m", "4k-va48-vhe", "4k-va48-vhe-16g", "4k-va48-vhe-64g")]
 
 
 # Purgatory takes most of the time that a test run has; the machines in PLAIN have it always.

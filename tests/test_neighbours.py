@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Lab
-from lab.cells import CELLS, DEFAULT, HARDENED, KERNELS, Cell
+from lab.cells import CELLS, DEFAULT, HARDENED, KERNELS, Cell, on_base
 from lab.handover import handover, load, verify
 from lab.kload import DEBUG, IMAGE_SIZE, MIB, Segment, call, file_statements, kload, next_image
 from lab.machine import Crashed, Machine, Panicked, TimeoutFailure
@@ -39,8 +39,7 @@ ONE_CPU = replace(SPIN_TABLE, name="4k-va48-vhe-spin-table-one", append=("nr_cpu
 
 def with_base(*cells: Cell) -> tuple[Cell, ...]:
     """These, and the same with mainline's own kernel, where there is one."""
-    return cells + tuple(replace(cell, name=f"{cell.name}-base", kernel=KERNELS[f"{cell.kernel.name}-base"], core=False)
-                         for cell in cells if f"{cell.kernel.name}-base" in KERNELS)
+    return cells + tuple(on_base(cell) for cell in cells if f"{cell.kernel.name}-base" in KERNELS)
 
 
 # Loading, with the kernel telling where

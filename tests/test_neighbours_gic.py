@@ -12,7 +12,7 @@ import pytest
 
 from conftest import Lab
 from lab import kdump
-from lab.cells import CELLS, DEFAULT, KERNELS, Cell
+from lab.cells import CELLS, DEFAULT, Cell, on_base
 from lab.gdb import Gdb, options
 from lab.handover import BadHandover, handover, load, verify, verify_first
 from lab.kdump import crash_and_verify
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.neighbours
 
 ON = tuple(CELLS[name] for name in ("4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1-a72", "64k-va52-vhe"))
 KDUMP = (kdump.machine_for(DEFAULT), kdump.machine_for(CELLS["64k-va52-el1"]))
-BASE = replace(DEFAULT, name="4k-va48-vhe-its-base", kernel=KERNELS["4k-va48-base"], its=True, core=False)
+BASE = on_base(replace(DEFAULT, name="4k-va48-vhe-its", its=True))
 PLAIN = replace(DEFAULT, name="4k-va48-vhe-nokaslr", kaslr=False)  # to find functions by their address
 
 TABLE = 64 << 10  # bytes of the property table, and of each pending table

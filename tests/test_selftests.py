@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from lab import selftests
-from lab.cells import CELLS, KERNELS, Cell
+from lab.cells import CELLS, Cell, on_base
 from lab.machine import Machine, find_complaints
 from lab.selftests import Ktap, parse_ktap
 
@@ -15,7 +13,7 @@ pytestmark = pytest.mark.selftests
 
 NAMES = ("4k-va48-vhe", "4k-va48-el1", "4k-va48-nvhe", "64k-va52-vhe", "64k-va52-el1", "64k-va52-nvhe",
          "4k-va48-vhe-holes", "64k-va52-el1-holes")
-BASE = replace(CELLS["4k-va48-el1"], name="4k-va48-el1-base", kernel=KERNELS["4k-va48-base"], core=False)
+BASE = on_base(CELLS["4k-va48-el1"])
 CHECKS = 51
 
 # What mainline lets pass, to fault beyond the point of no return, or to be cut
