@@ -42,6 +42,7 @@ TABLE = 0x0000_FFFF_FFFF_F000  # address in a descriptor or a TTBR, 4 KiB pages
 DESTINATION, INDIRECTION, DONE, SOURCE = 1, 2, 4, 8
 
 PARK = 0x14000000  # b .
+PATIENCE = 60.0  # seconds until a guest has done what takes it one: the host may be busy
 STEPS = 3  # that it may take to execute one instruction: QEMU was seen to stop once more where it was
 BLR, BLR_MASK = 0xD63F0000, 0xFFFFFC1F
 
@@ -315,7 +316,7 @@ class Stage:
         address = scene.virtual(pages[len(pages) // 4].dest)
         self.gdb.set_watch(address, 8)
         self.gdb.resume()
-        if not self.gdb.wait(20):
+        if not self.gdb.wait(PATIENCE):
             raise LabError("the page that was waited for is not written", str(self.machine.console))
         self.gdb.clear_watch(address, 8)
         return scene
@@ -391,9 +392,9 @@ class Stage:
         return time.monotonic() - begin
 
     def _run_to(self, address: int, meanwhile: Callable[[], object] = lambda: None) -> None:
-        self.gdb.run_to(address, 20, str(self.machine.console), meanwhile)
+        self.gdb.run_to(address, PATIENCE, str(self.machine.console), meanwhile)
 
-    def answer(self, limit: float = 20.0) -> tuple[int, str] | None:
+    def answer(self, limit: float = PATIENCE) -> tuple[int, str] | None:
         """Let the guest run; exit status and words of `kexec -e`, or None if it did not come back."""
         self.gdb.resume()
         end = time.monotonic() + limit
@@ -420,7 +421,7 @@ def enter(gdb: Gdb, start: int, console: str) -> int:
         gdb.set_break(address)
     while True:
         gdb.resume()
-        if not gdb.wait(20):
+        if not gdb.wait(PATIENCE):
             raise LabError("the guest does not come to the page that it is to leave by", console)
         branch = branches[gdb.register("pc")]
         target = gdb.register(f"x{branch >> 5 & 31}")

@@ -176,7 +176,7 @@ def test_lines(cell: Cell, lab: Lab) -> None:
                 done = []
                 while True:
                     gdb.resume()
-                    assert gdb.wait(20)
+                    assert gdb.wait(60)
                     pc = gdb.register("pc")
                     if pc != end:
                         operation, register = at[pc]
