@@ -10,6 +10,7 @@ level (tests/test_cells.py holds the list to that). Cells for one question each
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Iterable
 
 from lab.errors import UsageError
 
@@ -189,6 +190,12 @@ KERNELS |= {kernel.name: kernel for kernel in (replace(one, patched=False) for o
 def on_base(one: Cell) -> Cell:
     """The same machine with mainline's own kernel, which has to be one of KERNELS; never part of a plain `check`."""
     return replace(one, name=f"{one.name}-base", kernel=KERNELS[f"{one.kernel.name}-base"], core=False)
+
+
+def core_only(ones: Iterable[Cell], *names: str) -> list[Cell]:
+    """The same machines, of which a plain `check` has those alone whose names begin with one of `names` and a dash."""
+    starts = tuple(f"{name}-" for name in names)
+    return [replace(one, core=one.core and f"{one.name}-".startswith(starts)) for one in ones]
 
 
 def cell(name: str) -> Cell:

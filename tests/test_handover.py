@@ -24,7 +24,7 @@ def test_onto_the_running_kernel(machine: Machine) -> None:
         verify(machine, machine.exec(by_init=True), since)
 
 
-@pytest.mark.parametrize("loader", ["file", "load-nocheck"])
+@pytest.mark.parametrize("loader", ["file", pytest.param("load-nocheck", marks=pytest.mark.long)])
 @pytest.mark.cells(DEFAULT)
 def test_ten_in_a_row(machine: Machine, loader: str) -> None:
     """Each kernel loads the next, and memory does not dwindle.

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import Lab
 from lab import hibernate, kdump, module
-from lab.cells import CELLS, HARDENED, Cell, on_base
+from lab.cells import CELLS, HARDENED, Cell, core_only, on_base
 from lab.faults import SLOTS
 from lab.gdb import Gdb, options
 from lab.handover import handover
@@ -61,7 +61,7 @@ def several(m: Machine, cycles: int) -> None:
     m.report(f"   {m.boot.cell.name}: {cycles} cycles of {', '.join(f'{one:.1f}' for one in seconds)} s")
 
 
-@pytest.mark.cells(*LONG)
+@pytest.mark.cells(*core_only(LONG, "4k-va48-nvhe", "64k-va52-vhe", "64k-va52-el1"))
 def test_again_and_again(cell: Cell, cycles: int, start: Callable[[Cell], Machine]) -> None:
     """Some cycles in a row; then a handover, and after another cycle a crash, still work."""
     m = start(cell)
@@ -87,7 +87,7 @@ def test_hardened(cell: Cell, start: Callable[[Cell], Machine]) -> None:
     several(start(cell), 2)
 
 
-@pytest.mark.cells(*(replace(cell, core=cell is LONG[0]) for cell in LONG))
+@pytest.mark.cells(*core_only(LONG, "4k-va48-vhe"))
 def test_with_a_crash_kernel_loaded(cell: Cell, start: Callable[[Cell], Machine]) -> None:
     """It is saved and restored with the rest, protected before and after, and comes up when it is needed."""
     m = start(cell)

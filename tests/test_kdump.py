@@ -11,7 +11,7 @@ import pytest
 
 from conftest import Lab
 from lab import kdump, module, qemu
-from lab.cells import CELLS, Cell, on_base
+from lab.cells import CELLS, Cell, core_only, on_base
 from lab.handover import load, log_since, reserved_pages, taken_memory, verify
 from lab.kdump import CRASHES, LOADERS, MIB, crash_and_verify, ranges_of
 from lab.kload import Segment, kload
@@ -99,7 +99,7 @@ def test_a_map_of_blocks_is_left_alone(machine: Machine) -> None:
     crash_and_verify(machine)
 
 
-@pytest.mark.cells(ON, ON_64K)
+@pytest.mark.cells(*core_only((ON, ON_64K), "4k-va48-vhe"))
 def test_life_of_the_protection(machine: Machine) -> None:
     """Loaded, loaded again and unloaded, a hundred times: all of the reservation is readable, nothing is lost."""
     module.put(machine)

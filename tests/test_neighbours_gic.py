@@ -12,7 +12,7 @@ import pytest
 
 from conftest import Lab
 from lab import kdump
-from lab.cells import CELLS, DEFAULT, Cell, on_base
+from lab.cells import CELLS, DEFAULT, Cell, core_only, on_base
 from lab.gdb import Gdb, options
 from lab.handover import BadHandover, handover, load, verify, verify_first
 from lab.kdump import crash_and_verify
@@ -22,7 +22,8 @@ from lab.stage import read_symbols
 
 pytestmark = pytest.mark.neighbours
 
-ON = tuple(CELLS[name] for name in ("4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1-a72", "64k-va52-vhe"))
+ON = core_only([CELLS[name] for name in ("4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1-a72", "64k-va52-vhe")],
+               "4k-va48-nvhe", "4k-va48-el1-a72", "64k-va52-vhe")
 KDUMP = (kdump.machine_for(DEFAULT), kdump.machine_for(CELLS["64k-va52-el1"]))
 BASE = on_base(replace(DEFAULT, name="4k-va48-vhe-its", its=True))
 PLAIN = replace(DEFAULT, name="4k-va48-vhe-nokaslr", kaslr=False)  # to find functions by their address

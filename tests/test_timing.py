@@ -11,7 +11,7 @@ import pytest
 
 from conftest import Lab
 from lab import fdt, qemu
-from lab.cells import CELLS, DEFAULT, Cell
+from lab.cells import CELLS, DEFAULT, Cell, core_only
 from lab.gdb import Gdb, options
 from lab.handover import load, load_by_call, verify
 from lab.kload import NO_CMA, load_over_running_kernel
@@ -38,7 +38,7 @@ def cleared(m: Machine) -> bool:
     return m.sh(f"[ ! -e {NODE} ] || tr -d '\\0' <{NODE} | wc -c").strip() in ("", "0")
 
 
-@pytest.mark.cells(*LINES)
+@pytest.mark.cells(*core_only(LINES, "4k-va48-nvhe", "4k-va48-el1", "64k-va52-vhe"))
 def test_the_line(machine: Machine) -> None:
     """By kexec_file_load() it is there, and true; by kexec_load() it is not, whoever was before."""
     assert find(machine.log()) == [] and table(machine) == {}
