@@ -16,7 +16,7 @@ from lab import hibernate, kdump, module
 from lab.cells import CELLS, HARDENED, Cell, core_only, on_base
 from lab.faults import SLOTS
 from lab.gdb import Gdb, options
-from lab.handover import handover
+from lab.handover import handover, load, verify
 from lab.kdump import CRASHES, crash_and_verify, ranges_of
 from lab.machine import Machine
 from lab.stage import PARK, enter, read_symbols
@@ -96,6 +96,7 @@ def test_with_a_crash_kernel_loaded(cell: Cell, start: Callable[[Cell], Machine]
     segments = list(loaded.segments)
     hibernate.fill(m, 5)
     hibernate.cycle(m, 1, 5)
+    assert "crash image cleaned after hibernation" in m.sh("dmesg")
     pages, faults = module.touch(m, "write", segments)
     assert faults == pages > 0
     (begin, end), = ranges_of(m.sh("cat /proc/iomem"), "Crash kernel")
@@ -103,6 +104,23 @@ def test_with_a_crash_kernel_loaded(cell: Cell, start: Callable[[Cell], Machine]
     assert faults in (pages, pages + 1)  # and the page for VMCOREINFO
     crash_and_verify(m)
     assert CRASHES["sysrq"][1] in m.sh("vmcore-dmesg /proc/vmcore", timeout=300)
+
+
+LOADED = core_only([hibernate.machine_for(CELLS[name]) for name in PLAIN], "4k-va48-nvhe", "64k-va52-el1")
+
+
+@pytest.mark.parametrize("loader", ["file", "load-nocheck"])
+@pytest.mark.cells(*LOADED)
+def test_what_is_loaded_comes_back(cell: Cell, loader: str, start: Callable[[Cell], Machine]) -> None:
+    """It is cleaned to the PoC again, as nothing but the caches may hold it (these are not emulated), and is executed."""
+    m = start(cell)
+    loaded = load(m, loader)
+    assert (loaded.bytes_to_move == 0) == (loader == "file" and "64k" not in cell.name)
+    hibernate.fill(m, 7)
+    hibernate.cycle(m, 1, 7)
+    assert f"loaded image cleaned after hibernation, {loaded.bytes_in_place} bytes in place" in m.sh("dmesg")
+    since = len(m.log())
+    verify(m, m.exec(), since)
 
 
 @pytest.mark.cells(LONG[0])

@@ -79,6 +79,7 @@ static bool no_crc(struct kunit *test)
 	kexec_verify_init(&m->image, &m->args);
 	KUNIT_EXPECT_FALSE(test, m->image.arch.verify);
 	KUNIT_EXPECT_EQ(test, kexec_verify(&m->image), 0);
+	kunit_mark_skipped(test, "this CPU has no CRC32 instructions");
 	return true;
 }
 
@@ -352,6 +353,31 @@ static void exchanged_pages_are_noticed(struct kunit *test)
 	KUNIT_EXPECT_EQ(test, kexec_verify(&m->image), -EIO);
 }
 
+#ifdef CONFIG_IMA_KEXEC
+/* The list of measurements that IMA hands over grows until the system is shut down */
+static void what_ima_adds_is_no_corruption(struct kunit *test)
+{
+	struct made_up *m = test->priv;
+
+	add_segment(test, 0, SZ_1G, 2);
+	add_segment(test, 1, SZ_2G, 2);
+	end_list(test);
+	if (no_crc(test))
+		return;
+
+	m->image.ima_segment_index = 1;
+	m->image.is_ima_segment_index_set = true;
+	expect_right(test);
+	KUNIT_EXPECT_EQ(test, m->args.crc[0].ignore, 0);
+	KUNIT_EXPECT_NE(test, m->args.crc[1].ignore, 0);
+
+	*(u8 *)m->source[1][1] ^= 1;
+	KUNIT_EXPECT_EQ(test, kexec_verify(&m->image), 0);
+	*(u8 *)m->source[0][1] ^= 1;
+	KUNIT_EXPECT_EQ(test, kexec_verify(&m->image), -EIO);
+}
+#endif
+
 /*
  * Entries that were overwritten: whatever they are now, the list is refused
  * without being followed to where no memory is, and not for ever.
@@ -425,6 +451,9 @@ static struct kunit_case kexec_verify_test_cases[] = {
 	KUNIT_CASE(crash_images_are_not_verified),
 	KUNIT_CASE(a_flipped_bit_is_noticed),
 	KUNIT_CASE(exchanged_pages_are_noticed),
+#ifdef CONFIG_IMA_KEXEC
+	KUNIT_CASE(what_ima_adds_is_no_corruption),
+#endif
 	KUNIT_CASE(an_overwritten_list_is_noticed),
 	KUNIT_CASE(behind_the_list),
 	{ }

@@ -335,7 +335,8 @@ static void kexec_fill_control_page(struct kimage *image, u64 ttbr1)
 
 /*
  * What relocation still has to read must not be overwritten by it. The core
- * allocates pages accordingly; that it did costs little to check.
+ * allocates pages accordingly; that it did costs little to check. And it has to
+ * be mapped, which memory is not that firmware kept, and that was added later.
  */
 static int kexec_check_pages(const struct kimage *image)
 {
@@ -363,6 +364,13 @@ static int kexec_check_pages(const struct kimage *image)
 			pr_err("page %pa is still needed while it is overwritten\n",
 			       &addr);
 			return -EADDRINUSE;
+		}
+
+		if (entry & (IND_INDIRECTION | IND_SOURCE) &&
+		    !memblock_is_map_memory(addr)) {
+			pr_err("page %pa is in memory that relocation does not map\n",
+			       &addr);
+			return -EADDRNOTAVAIL;
 		}
 	}
 
@@ -426,7 +434,9 @@ int machine_kexec_post_load(struct kimage *image)
 
 	kexec_info("%u table pages\n", linear.nr_pages + idmap.nr_pages);
 
+	get_online_mems();
 	ret = kexec_check_pages(image);
+	put_online_mems();
 	if (ret)
 		return ret;
 
@@ -436,6 +446,42 @@ int machine_kexec_post_load(struct kimage *image)
 
 	return 0;
 }
+
+#ifdef CONFIG_HIBERNATION
+static void kexec_clean_again(const struct kimage *image)
+{
+	unsigned long start;
+
+	if (!image)
+		return;
+
+	kexec_flush_in_place(image, !image->arch.relocate);
+	if (image->arch.relocate) {
+		start = (unsigned long)page_address(image->control_code_page);
+		dcache_clean_inval_poc(start, start + KEXEC_CONTROL_PAGE_SIZE);
+	}
+
+	pr_debug("%s image cleaned after hibernation, %lu bytes in place\n",
+		 image == kexec_crash_image ? "crash" : "loaded",
+		 image->arch.bytes_in_place);
+}
+
+/**
+ * machine_kexec_resumed() - clean what is loaded to the PoC again
+ *
+ * Once loaded, this was cleaned, so that it can be read with the MMU off. But
+ * hibernate has written it anew, through the caches, and has cleaned it no
+ * further than to the PoU.
+ *
+ * Context: resuming from hibernation, one CPU, interrupts masked; the crash
+ * kernel is not protected yet.
+ */
+void machine_kexec_resumed(void)
+{
+	kexec_clean_again(kexec_image);
+	kexec_clean_again(kexec_crash_image);
+}
+#endif /* CONFIG_HIBERNATION */
 
 /**
  * machine_kexec_verify() - the image is to be executed: may it be?

@@ -347,6 +347,7 @@ SYM_CODE_END(arm64_relocate_new_kernel)
  * return.
  */
 SYM_CODE_START_LOCAL_NOALIGN(kexec_corrupt)
+	msr	daifset, #PSR_A_BIT >> 6	// x30 is needed from here on
 	ldr	w13, [x14]
 	ldrh	w17, [x14, #4]
 	mov	w16, w16		// what say prints has 64 bits

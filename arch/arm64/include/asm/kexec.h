@@ -102,6 +102,10 @@ void cpu_soft_restart(unsigned long el2_switch, unsigned long entry,
 
 int machine_kexec_post_load(struct kimage *image);
 #define machine_kexec_post_load machine_kexec_post_load
+
+void machine_kexec_resumed(void);
+#else
+static inline void machine_kexec_resumed(void) { }
 #endif
 
 #define ARCH_HAS_KIMAGE_ARCH
@@ -259,6 +263,13 @@ static inline void kexec_timing_scan(void *fdt, phys_addr_t fdt_phys) { }
 
 #ifdef CONFIG_KEXEC_FILE
 extern const struct kexec_file_ops kexec_image_ops;
+
+/* Nothing to move is fine, and there is no purgatory that verifies anything */
+static inline bool arch_kexec_may_claim(void)
+{
+	return true;
+}
+#define arch_kexec_may_claim arch_kexec_may_claim
 
 int arch_kimage_file_post_load_cleanup(struct kimage *image);
 #define arch_kimage_file_post_load_cleanup arch_kimage_file_post_load_cleanup
