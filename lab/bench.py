@@ -71,8 +71,10 @@ class Relocation:
 
 @dataclass(frozen=True)
 class Load:
-    """What loading took on a machine with `memory` MiB. `pages` are all that the image holds, tables among them;
-    `tables` is None where they cannot be told from the rest.
+    """What loading took on a machine with `memory` MiB.
+
+    `pages` are all that is held for the image beside the memory that it is executed in, tables among them; `tables` is
+    None where they cannot be told from the rest.
     """
 
     kernel: str
@@ -313,4 +315,5 @@ def load_table(timed: list[Load]) -> str:
     for one in timed:
         tables = ("-", "-") if one.tables is None else (str(one.tables), str(one.tables * PAGE))
         rows.append((one.kernel, str(one.memory), one.loader, f"{one.millions:.0f}", str(one.pages), *tables))
-    return "\n".join(say.columns(rows, 1))
+    return "\n".join([*say.columns(rows, 1), "Pages are held beside the memory that the image is executed in; "
+                      "kexec_file_load() of this series claims that, too."])
