@@ -127,12 +127,11 @@ def relocate(built: Built, archives: Guest, mib: int, verify: bool, scattered: b
             answer = call(m, request + (f"\nfragment {(2 * mib + 64) * MIB}" if scattered else ""))
             if answer != "0":
                 raise LabError(f"{mib} MiB can't be loaded: {answer}", str(m.console))
-            leave = "(sleep 0.3; exec kexec -e) >/dev/null 2>&1 &"
             off = (["VERIFY"] if not verify else []) + (["ZVA"] if not zva else [])
             if built.kernel.patched and off:
-                _without(off, m, built, socket, leave)
+                _without(off, m, built, socket)
             else:
-                m.sh(leave)
+                m.begin("kexec -e")
             end = time.monotonic() + PATIENCE
             while not plugin.read(out):
                 m.heard(0.1)
@@ -142,12 +141,12 @@ def relocate(built: Built, archives: Guest, mib: int, verify: bool, scattered: b
     return counts
 
 
-def _without(members: list[str], m: Machine, built: Built, socket: Path, leave: str) -> None:
+def _without(members: list[str], m: Machine, built: Built, socket: Path) -> None:
     """Leave, and set members of the arguments to 0 at the entry to the control page."""
     machine_kexec = read_symbols(built.vmlinux)["machine_kexec"]
     offsets = read_offsets(built.objdir / "include/generated/asm-offsets.h")
     with Gdb(socket) as gdb:
-        gdb.run_to(machine_kexec, PATIENCE, str(m.console), lambda: m.sh(leave))
+        gdb.run_to(machine_kexec, PATIENCE, str(m.console), lambda: m.begin("kexec -e"))
         control = enter(gdb, machine_kexec, str(m.console))
         for member in members:
             gdb.write(control + ARGS + offsets[f"KEXEC_ARGS_{member}"], bytes(8))

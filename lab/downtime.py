@@ -64,10 +64,10 @@ def measure(label: str, built: Built, archives: Guest, copied: bool) -> Downtime
                 raise LabError(f"kexec_file_load() answers {answer}", str(m.console))
             since = len(m.log())
             with Gdb(Path(folder) / "gdb") as gdb:
-                times = []
-                for name, script in (("kernel_kexec", "(sleep 1; exec kexec -e) >/dev/null 2>&1 &"),
-                                     ("machine_kexec", ""), ("rcu_end_inkernel_boot", "")):
-                    gdb.run_to(symbols[name], PATIENCE, str(m.console), lambda: m.sh(script) if script else "")
+                gdb.run_to(symbols["kernel_kexec"], PATIENCE, str(m.console), lambda: m.begin("kexec -e"))
+                times = [gdb.counter()]
+                for name in ("machine_kexec", "rcu_end_inkernel_boot"):
+                    gdb.run_to(symbols[name], PATIENCE, str(m.console))
                     times.append(gdb.counter())
                 gdb.resume()
             m.generation += 1

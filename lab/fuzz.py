@@ -28,7 +28,7 @@ from lab.cells import Cell
 from lab.errors import LabError, UsageError
 from lab.guest import Guest
 from lab.kload import Segment
-from lab.machine import Machine, TimeoutFailure, find_panic
+from lab.machine import Machine, find_panic
 
 CORPUS = paths.ROOT / "tests" / "corpus"
 MIB = 1 << 20
@@ -38,7 +38,6 @@ RANGES = 6000  # of watched memory that the inspector is told of, at most
 KERNEL = 16 * MIB  # of the running one: its Image, at least
 SYSTEM = 48 * MIB  # what the guest needs for itself
 LIMIT = 60.0  # seconds until a case is over
-ANSWER = 20.0  # seconds that a machine that was put back has to show that it runs
 TRIES = 60  # smaller cases that are tried when one fails,
 PATIENCE = 600.0  # and seconds that this may take
 SHAPES = ("scattered", "adjacent", "kernel", "large", "edge")
@@ -192,8 +191,6 @@ class Arena:
     It is saved once it has booted, and put back for each case; where its kernel runs at EL2 it is booted for each,
     because QEMU 7.2 does not put back the timers that such a kernel uses. Without KASLR, so that a seed gives the same
     cases; with one CPU, because no other is there when segments are moved; and no more than MEMORY MiB.
-
-    `lost` is how often a machine that was put back did not run, and was booted. QEMU 7.2 was seen to do that once.
     """
 
     def __init__(self, cell: Cell, built: Built, archives: Guest, name: str = "",
@@ -203,13 +200,14 @@ class Arena:
         self._built, self._guest = built, archives
         self._name, self._report = name or f"fuzz.{cell.name}", report
         self._running = ExitStack()
-        self.lost = 0
 
     def __enter__(self) -> "Arena":
         self._boot()
         start = qemu.RAM_BASE
         self.world = World(self.cell.kernel.pages * 1024, start, start + self.cell.memory * MIB,
                            kload.kernel_base(self.machine))
+        if self._saves:
+            self.machine.snapshot("savevm booted")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -226,29 +224,19 @@ class Arena:
             m.hello()
             inspector.put(m)
             m.sh("echo 0 >/proc/sys/kernel/panic")  # what fails is to stay
-            if self._saves:
-                m.snapshot("savevm booted")
             self._running = stack.pop_all()
-
-    def _put_back(self) -> None:
-        """Have the machine as it was when it had booted."""
-        if self._saves:
-            self.machine.snapshot("loadvm booted")
-            try:
-                self.machine.sh("true", timeout=ANSWER)
-                return
-            except TimeoutFailure:
-                self.lost += 1
-        self._boot()
 
     def run(self, case: Case) -> Outcome:
         """Put the machine back, load `case` and leave for it."""
-        self._put_back()
         begin = time.monotonic()
+        if self._saves:
+            self.machine.snapshot("loadvm booted")
+        else:
+            self._boot()
         m = self.machine
         since = len(m.log())
-        m.sh(f"cat >/tmp/request <<EOF\n{statements(self.cell, case)}\nEOF\n"
-             "(kload </tmp/request >/tmp/said 2>&1; echo lab: kload $? $(cat /tmp/said) >/dev/kmsg) &")
+        m.sh(f"cat >/tmp/request <<EOF\n{statements(self.cell, case)}\nEOF")
+        m.begin("kload </tmp/request >/tmp/said 2>&1; echo lab: kload $? $(cat /tmp/said) >/dev/kmsg")
         while time.monotonic() - begin < LIMIT:
             text = m.log()[since:]
             verdict = judge(text)
@@ -331,10 +319,9 @@ def parse(text: str) -> tuple[str, Case]:
 
 @dataclass
 class Tally:
-    """What was tried so far, how long it took in all, and how often the machine had to be booted to go on."""
+    """What was tried so far, and how long it took in all."""
 
     count: int = 0
-    lost: int = 0
     seconds: float = 0.0
     verdicts: Counter[str] = field(default_factory=Counter)
     segments: Counter[str] = field(default_factory=Counter)
@@ -358,8 +345,7 @@ class Tally:
         lines = [f"{name + ':':<12}" + ", ".join(f"{key}: {counter[key]}" for key in sorted(counter, key=_order))
                  for name, counter in rows.items()]
         return "\n".join([*lines, f"{self.count} cases in {self.seconds:.0f} s, "
-                                  f"{self.seconds / max(self.count, 1):.2f} s each"
-                                  + f"; a snapshot did not run: {self.lost}" * (self.lost > 0)])
+                                  f"{self.seconds / max(self.count, 1):.2f} s each"])
 
 
 def _order(key: str) -> tuple[int, str]:
@@ -381,7 +367,6 @@ def fuzz(arena: Arena, seed: int, numbers: range, corpus: Path | None = CORPUS) 
         case = generate(seed, number, arena.world)
         outcome = arena.run(case)
         tally.add(case, outcome)
-        tally.lost = arena.lost
         say.progress(number - numbers.start + 1, len(numbers), f"cases, {tally.verdicts['refused']} refused")
         if outcome.verdict == "bad":
             raise failure(arena, case, outcome, f"--seed {seed} --start {number} --count 1", corpus)

@@ -52,9 +52,10 @@ def bench(counted: "list[Relocation]", timed: "list[Load]", down: "list[Downtime
             curves.append(f"$k{number} using 1:2 with linespoints lw 2 title '{kernel}'")
         _draw(HEAD + blocks + f"set output '{folder}/{output}'\nset title '{title}'\nset logscale x 2\n"
               f"set logscale y\nset xlabel 'memory, GiB'\nset ylabel '{label}'\nplot {', '.join(curves)}\n")
-    phases = [(f"{one.kernel}, {'copied' if one.copied else 'in place'}", one.shutdown, one.rest) for one in down]
+    phases = [(f"{one.kernel},\\n{'copied' if one.copied else 'in place'}", one.shutdown, one.rest) for one in down]
+    top = max(one.total for one in down) * 1.25
     _draw(HEAD + _block("phases", phases) + f"set output '{folder}/bench-downtime.svg'\n"
-          "set title 'From the reboot call to init: milliseconds, one instruction per nanosecond'\n"
+          "set title 'From the reboot call to init, ms at one instruction per ns'\n"
           "set style data histogram\nset style histogram rowstacked\nset style fill solid 0.8\nset boxwidth 0.6\n"
-          "set yrange [0:*]\nset key outside\nplot $phases using 2:xtic(1) title 'shutdown', "
+          f"set yrange [0:{top:.0f}]\nset bmargin 4\nset key inside right top horizontal\nplot $phases using 2:xtic(1) title 'shutdown', "
           "$phases using 3 title 'the rest'\n")

@@ -64,17 +64,6 @@ def test_corpus(arena: Arena, path: Path) -> None:
     assert outcome.verdict == "good", outcome.why
 
 
-@pytest.mark.cells(CELLS["4k-va48-el1"])
-def test_snapshot_that_does_not_run(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is booted instead, and what was to be tried is."""
-    monkeypatch.setattr("lab.fuzz.ANSWER", 1.0)
-    put_back = arena.machine.snapshot
-    monkeypatch.setattr(arena.machine, "snapshot", lambda command: (put_back(command), arena.machine.monitor("stop")))
-    case = generate(1, 1, arena.world)
-    assert arena.run(case).verdict == "good" and arena.lost == 1
-    assert arena.run(case).verdict == "good" and arena.lost == 1
-
-
 # A bug that is planted
 
 PRFM = 0xF9810101  # prfm pldl1strm, [x8, #512]: twice in the plain copy loop, once in the one that verifies
