@@ -51,12 +51,10 @@ VIRTUAL_SERROR = (
     0xD2802402,  # mov x2, #HCR_VSE | HCR_AMO
     0xAA020000,  # orr x0, x0, x2
     0xD51C1100,  # msr hcr_el2, x0
-    0x100000C1,  # adr x1, .+24
+    0x10000081,  # adr x1, .+16
     0xD51C4021,  # msr elr_el2, x1
-    0xD28058A0,  # mov x0, #0x2c5: EL1h, SError unmasked
-    0xD51C4000,  # msr spsr_el2, x0
     0xD5033FDF,  # isb
-    0xD69F03E0,  # eret
+    0xD69F03E0,  # eret: SErrors are masked or not as they were at the HVC
     PARK)
 
 LABELS = {"el1": "EL1", "nvhe": "nVHE", "vhe": "VHE"}
