@@ -269,6 +269,7 @@ static inline bool arch_kexec_may_claim(void)
 {
 	return true;
 }
+
 #define arch_kexec_may_claim arch_kexec_may_claim
 
 int arch_kimage_file_post_load_cleanup(struct kimage *image);
