@@ -183,9 +183,14 @@ def lab(request: pytest.FixtureRequest) -> Lab:
     return request.config.stash[LAB]
 
 
+def name_of(request: pytest.FixtureRequest) -> str:
+    """What a machine of this test, with these parameters, is called. Two of one name would share a console."""
+    return re.sub(r"[^\w.-]+", ".", request.node.name).strip(".")
+
+
 @pytest.fixture
 def machine(cell: Cell, lab: Lab, request: pytest.FixtureRequest) -> Iterator[Machine]:
     """A guest of `cell` with its first kernel up."""
-    with lab.machine(cell, re.sub(r"[^\w.-]+", ".", request.node.name).strip(".")) as m:
+    with lab.machine(cell, name_of(request)) as m:
         verify_first(m, m.hello())
         yield m

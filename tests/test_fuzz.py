@@ -10,7 +10,7 @@ from typing import Iterator
 
 import pytest
 
-from conftest import Lab
+from conftest import Lab, name_of
 from lab import fuzz
 from lab.build import Built
 from lab.cells import CELLS, FUZZED, Cell
@@ -28,8 +28,7 @@ KEPT = sorted(CORPUS.glob("*.json"))
 @pytest.fixture
 def arena(cell: Cell, lab: Lab, request: pytest.FixtureRequest) -> Iterator[Arena]:
     assert lab.guest
-    with Arena(cell, lab.kernels[cell.kernel], lab.guest, name=f"fuzz.{request.node.originalname}.{cell.name}",
-               report=lab.report) as a:
+    with Arena(cell, lab.kernels[cell.kernel], lab.guest, name=f"fuzz.{name_of(request)}", report=lab.report) as a:
         yield a
 
 

@@ -11,7 +11,7 @@ from typing import Callable, Iterator
 
 import pytest
 
-from conftest import Lab
+from conftest import Lab, name_of
 from lab import hibernate, kdump, module
 from lab.cells import CELLS, HARDENED, Cell, core_only, on_base
 from lab.faults import SLOTS
@@ -45,9 +45,8 @@ def start(request: pytest.FixtureRequest, lab: Lab) -> Iterator[Callable[[Cell],
     with ExitStack() as stack:
         def one(cell: Cell) -> Machine:
             assert lab.guest
-            return stack.enter_context(hibernate.machine(
-                cell, lab.kernels[cell.kernel], lab.guest, accel=lab.accel,
-                name=f"{request.node.originalname}.{cell.name}", report=lab.report))
+            return stack.enter_context(hibernate.machine(cell, lab.kernels[cell.kernel], lab.guest, accel=lab.accel,
+                                                         name=name_of(request), report=lab.report))
 
         yield one
 

@@ -10,7 +10,7 @@ from typing import Callable, Iterator
 
 import pytest
 
-from conftest import Lab
+from conftest import Lab, name_of
 from lab import kdump
 from lab.cells import CELLS, DEFAULT, Cell, core_only, on_base
 from lab.gdb import Gdb, options
@@ -44,9 +44,8 @@ def start(cell: Cell, lab: Lab, request: pytest.FixtureRequest) -> Iterator[Call
     with ExitStack() as stack:
         def machine(*extra: str) -> Machine:
             assert lab.guest
-            name = re.sub(r"[^\w.-]+", ".", request.node.name).strip(".")
-            m = stack.enter_context(Machine(cell, lab.kernels[cell.kernel], lab.guest, accel=lab.accel, name=name,
-                                            report=lab.report, extra=extra))
+            m = stack.enter_context(Machine(cell, lab.kernels[cell.kernel], lab.guest, accel=lab.accel,
+                                            name=name_of(request), report=lab.report, extra=extra))
             verify_first(m, m.hello())
             return m
 
@@ -184,8 +183,7 @@ def test_kdump(start: Callable[..., Machine], loader: str) -> None:
 def stopped(cell: Cell, lab: Lab, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Machine, Gdb]]:
     """A guest of `cell` that has not begun yet, with QEMU's gdb server."""
     assert lab.guest
-    name = re.sub(r"[^\w.-]+", ".", request.node.name).strip(".")
-    with Machine(cell, lab.kernels[cell.kernel], lab.guest, accel=lab.accel, name=name, report=lab.report,
+    with Machine(cell, lab.kernels[cell.kernel], lab.guest, accel=lab.accel, name=name_of(request), report=lab.report,
                  extra=[*DEVICE, "-S", *options(tmp_path / "gdb")]) as m, Gdb(tmp_path / "gdb") as gdb:
         yield m, gdb
 
