@@ -111,7 +111,7 @@ LOADED = core_only([hibernate.machine_for(CELLS[name]) for name in PLAIN], "4k-v
 @pytest.mark.parametrize("loader", ["file", "load-nocheck"])
 @pytest.mark.cells(*LOADED)
 def test_what_is_loaded_comes_back(cell: Cell, loader: str, start: Callable[[Cell], Machine]) -> None:
-    """It is cleaned to the PoC again, as nothing but the caches may hold it (these are not emulated), and is executed."""
+    """It is cleaned to the PoC again, as nothing but caches (which are not emulated) may hold it, and is executed."""
     m = start(cell)
     loaded = load(m, loader)
     assert (loaded.bytes_to_move == 0) == (loader == "file" and "64k" not in cell.name)
