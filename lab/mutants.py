@@ -143,7 +143,8 @@ _ALL = (
     # What is refused
     Mutant("validation-off-by-a-page", LOAD, "\t\tphys_addr_t end = start + image->segment[i].memsz;\n\t\tbool",
            "\t\tphys_addr_t end = start + image->segment[i].memsz - PAGE_SIZE;\n\t\tbool", "badload"),
-    Mutant("no-validation", LOAD, "\tret = kexec_check_segments(image);\n", "\tret = 0;\n", "badload"),
+    Mutant("no-validation", LOAD, "\tret = kexec_check_segments(image);\n",
+           "\tkexec_check_segments(image);\n\tret = 0;\n", "badload"),
     Mutant("any-command-line", LOAD, "\t\treturn -E2BIG;\n", "\t\treturn 0;\n", "badload"),
     # The crash kernel
     Mutant("not-protected", CRASH, "\tint ret = crash_pages_set_valid(false);", "\tint ret = crash_pages_set_valid(true);", "kdump"),

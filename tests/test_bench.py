@@ -7,6 +7,7 @@ import subprocess
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 
@@ -14,7 +15,7 @@ from conftest import Lab
 from lab import bench, downtime, host, model, plugin, proc, qemu, timing
 from lab.cells import Cell
 from lab.plugin import Counts
-from lab.stage import Stage
+from lab.stage import PATIENCE, Stage
 
 pytestmark = pytest.mark.bench
 
@@ -170,20 +171,23 @@ def test_lines(cell: Cell, lab: Lab) -> None:
               if word & ~31 in (ZEROED, CLEANED)}
         for address in (*at, end):
             gdb.set_break(address)
+
+        def operations() -> Iterator[tuple[int, int]]:
+            """What is done for one word of the list, and to which addresses."""
+            while True:
+                gdb.resume()
+                assert gdb.wait(PATIENCE)
+                pc = gdb.register("pc")
+                if pc != end:
+                    operation, register = at[pc]
+                    yield operation, gdb.register(register)
+                gdb.step()
+                if pc == end:
+                    return
+
         for page in scene.sources(0)[:2]:
-            done: list[tuple[int, int]] = []
-            while len([what for what, _ in done if what == ZEROED]) == 0:  # nothing was moved yet
-                done = []
-                while True:
-                    gdb.resume()
-                    assert gdb.wait(60)
-                    pc = gdb.register("pc")
-                    if pc != end:
-                        operation, register = at[pc]
-                        done.append((operation, gdb.register(register)))
-                    gdb.step()
-                    if pc == end:
-                        break
+            while ZEROED not in dict(done := list(operations())):  # nothing was moved for this word
+                pass
             lines = range(scene.virtual(page.dest), scene.virtual(page.dest) + 4096, line)
             assert done == [(operation, each) for operation in (ZEROED, CLEANED) for each in lines]
 

@@ -12,7 +12,8 @@ from lab.machine import Machine
 
 TABLES = 16  # pages, whatever the memory
 PLAIN = ("4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1", "64k-va52-vhe", "64k-va52-nvhe", "64k-va52-el1")
-MAINLINE = [on_base(CELLS[name]) for name in ("4k-va48-vhe-512m", "4k-va48-vhe-1537m", "4k-va48-vhe", "4k-va48-vhe-16g", "4k-va48-vhe-64g")]
+MAINLINE = [on_base(CELLS[name]) for name in ("4k-va48-vhe-512m", "4k-va48-vhe-1537m", "4k-va48-vhe",
+                                              "4k-va48-vhe-16g", "4k-va48-vhe-64g")]
 
 
 # Purgatory takes most of the time that a test run has; the machines in PLAIN have it always.
