@@ -329,8 +329,9 @@ class Stage:
 
     def _leave(self, symbol: str) -> None:
         """Have the guest execute the image, up to a function of its kernel."""
-        # In the background: the answer to this comes first.
-        script = "rm -f /tmp/rc; (sleep 0.3; kexec -e; echo $? >/tmp/rc) >/tmp/said 2>&1 &"
+        # In the background: the answer to this comes first. answer() sees the status whole or not at all.
+        script = ("rm -f /tmp/rc; (sleep 0.3; kexec -e; echo $? >/tmp/rc.new; mv /tmp/rc.new /tmp/rc) "
+                  ">/tmp/said 2>&1 &")
         self._run_to(self.symbols[symbol], lambda: self.machine.sh(script))
 
     def _enter(self) -> None:
