@@ -15,7 +15,9 @@ pytestmark = pytest.mark.handover
 # With 64K pages the page allocator gives away no less than what is in 512 MiB that are movable as a whole.
 LARGE = CELLS["64k-va52-nvhe"]
 IDLE = [LARGE, *(CELLS[name] for name in ("4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1", "16k-va47-nvhe", "16k-va52-vhe"))]
-REPETITIONS = 20
+REPETITIONS = 50  # a page that each of them loses is more than what free memory varies by
+ROUNDS = 6
+DMA = 1 << 32  # where ZONE_DMA ends
 
 
 def leave(m: Machine) -> None:
@@ -29,6 +31,8 @@ def test_nothing_is_moved(machine: Machine) -> None:
     for _ in range(2):
         loaded = load(machine, "file")
         assert loaded.bytes_to_move == 0 and loaded.bytes_in_place == loaded.size
+        if machine.boot.cell.memory * MIB >= 2 * DMA:  # what devices may need is left to them
+            assert min(start for start, _ in loaded.segments) >= DMA
         leave(machine)
 
 
@@ -83,11 +87,15 @@ def test_unloading_gives_it_back(machine: Machine) -> None:
     load(machine, "file")
     machine.sh("kexec -u")
     held, lost = reserved_pages(machine), []
-    for _ in range(3):  # memory that caches take is taken once, what leaks is lost each time
+
+    def enough(lost: list[int]) -> bool:
+        return bool(lost) and lost[-1] < REPETITIONS * machine.boot.cell.kernel.pages
+
+    while len(lost) < ROUNDS and not enough(lost):  # caches take memory once, a leak does each time
         before = taken_memory(machine)
         machine.sh(f"for n in $(seq {REPETITIONS}); do "
                    "kexec -s -l /next/Image --initrd=/next/initrd --reuse-cmdline && kexec -u || exit; done", timeout=300)
         lost.append(taken_memory(machine) - before)
-    machine.report(f"   loaded and unloaded {REPETITIONS} times, three times: {lost} KiB are lost")
-    assert min(lost) < REPETITIONS * machine.boot.cell.kernel.pages
+    machine.report(f"   loaded and unloaded {REPETITIONS} times each: {lost} KiB are lost")
+    assert enough(lost)
     assert reserved_pages(machine) == held

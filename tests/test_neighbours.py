@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Lab
+from conftest import Lab, name_of
 from lab.cells import CELLS, DEFAULT, HARDENED, KERNELS, Cell, on_base
+from lab.gdb import Gdb, options
 from lab.handover import handover, load, verify
 from lab.kload import DEBUG, IMAGE_SIZE, MIB, Segment, call, file_statements, kload, next_image
 from lab.machine import Crashed, Machine, Panicked, TimeoutFailure
 from lab.qemu import RAM_BASE
+from lab.stage import read_symbols
 
 pytestmark = pytest.mark.neighbours
 
@@ -34,6 +36,7 @@ PROTECTED = [replace(CELLS[name], name=f"{name}-protected", append=("kvm-arm.mod
              for name in ("4k-va48-vhe", "4k-va48-nvhe-a57")]
 SPIN_TABLE = replace(DEFAULT, name="4k-va48-vhe-spin-table", spin_table=DEFAULT.cpus)
 SILENT_CPU = replace(DEFAULT, name="4k-va48-vhe-silent-cpu", spin_table=1)
+TRUSTED_OS = replace(DEFAULT, name="4k-va48-vhe-trusted-os", kaslr=False)
 ONE_CPU = replace(SPIN_TABLE, name="4k-va48-vhe-spin-table-one", append=("nr_cpus=1",))
 
 
@@ -277,9 +280,9 @@ def test_protected_kvm(cell: Cell, lab: Lab) -> None:
         assert "Protected" in (hello.kvm or "")
         said = refused(m)
         # It takes devices down, the port to here among them, before it finds out.
-        m.sh("(sleep 1; echo disk >/sys/power/state) >/dev/null 2>&1 &")
+        m.begin("echo disk >/sys/power/state")
         begin = time.monotonic()
-        while not (hibernated := re.search(r"Can't hibernate: .*", m.log())):
+        while not (hibernated := re.search(r"Can't hibernate: .*\n", m.log())):
             assert time.monotonic() - begin < 60
             time.sleep(0.5)
         m.report(f"{said}{hibernated.group()}")
@@ -294,6 +297,33 @@ def test_spin_table(cell: Cell, machine: Machine) -> None:
     machine.report(said)
     way_out = "boot with nr_cpus=1" if cell.spin_table == cell.cpus else "leave it out by maxcpus="
     assert (way_out in said) == cell.kernel.patched
+
+
+@pytest.mark.cells(*with_base(TRUSTED_OS))
+def test_trusted_os(cell: Cell, lab: Lab, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Refused while the last CPU has to stay online, unless that is the one that reboots.
+
+    No firmware here says so: a debugger does, in the variable that keeps its answer.
+    """
+    last, built = cell.cpus - 1, lab.kernels[cell.kernel]
+    assert last > 0 and lab.guest
+    with Machine(cell, built, lab.guest, accel=lab.accel, name=name_of(request), report=lab.report,
+                 extra=options(tmp_path / "gdb")) as m:
+        m.hello()
+        with Gdb(tmp_path / "gdb") as gdb:
+            gdb.write(read_symbols(built.vmlinux)["resident_cpu"], struct.pack("<i", last), virtual=True)
+            gdb.resume()
+        if cell.kernel.patched:
+            assert "make it the one in /sys/kernel/reboot/cpu" in refused(m)
+            m.sh(f"echo {last} >/sys/kernel/reboot/cpu")
+            handover(m, "load-nocheck")
+            return
+        load(m, "load-nocheck")
+        m.silence = 10
+        since = len(m.log())
+        with pytest.raises((TimeoutFailure, Panicked, Crashed)):
+            m.exec()
+        assert "Booting Linux" not in m.log()[since:]
 
 
 @pytest.mark.cells(ONE_CPU)

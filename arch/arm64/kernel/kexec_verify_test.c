@@ -246,7 +246,7 @@ static void all_segments_there_can_be(struct kunit *test)
 		expect_right(test);
 }
 
-/* A source may lie in what is another segment's destination */
+/* Nothing says that userspace sorts them */
 static void segments_in_another_order(struct kunit *test)
 {
 	add_segment(test, 2, SZ_2G, 3);

@@ -397,9 +397,10 @@ static int kexec_check_pages(const struct kimage *image)
  *
  * Context: process context, kexec lock held.
  *
- * Return: 0, -ENOMEM, or -EADDRINUSE if a page of the image itself lies in a
- * destination. What was loaded before @image stays loaded, unless it is a crash
- * kernel: the core frees one before it loads another into the same memory.
+ * Return: 0; -ENOMEM; -EADDRINUSE if a page of the image itself lies in a
+ * destination; -EADDRNOTAVAIL if one is in memory that relocation does not map.
+ * What was loaded before @image stays loaded, unless it is a crash kernel: the
+ * core frees one before it loads another into the same memory.
  */
 int machine_kexec_post_load(struct kimage *image)
 {

@@ -625,15 +625,22 @@ static void set_linear(const struct trans_pgd *trans, struct span *runs, unsigne
 		runs[i].va = field((u64)__va(runs[i].pa), trans->va_bits - 1, 0);
 }
 
-static void expect_linear(struct kunit *test, struct span *runs, unsigned int nr)
+static void create_linear(struct kunit *test, struct trans_pgd *trans)
 {
-	struct trans_pgd trans = new_tables(test), count = { };
+	struct trans_pgd count = { };
 
 	KUNIT_ASSERT_EQ(test, trans_pgd_create_linear(&count), 0);
 	if (count.nr_pages > POOL_PAGES)
 		kunit_skip(test, "this memory takes %u pages of tables", count.nr_pages);
-	KUNIT_ASSERT_EQ(test, trans_pgd_create_linear(&trans), 0);
-	KUNIT_ASSERT_EQ(test, count.nr_pages, trans.nr_pages);
+	KUNIT_ASSERT_EQ(test, trans_pgd_create_linear(trans), 0);
+	KUNIT_ASSERT_EQ(test, count.nr_pages, trans->nr_pages);
+}
+
+static void expect_linear(struct kunit *test, struct span *runs, unsigned int nr)
+{
+	struct trans_pgd trans = new_tables(test);
+
+	create_linear(test, &trans);
 	KUNIT_ASSERT_GE(test, trans.va_bits, vabits_actual);
 	set_linear(&trans, runs, nr);
 	expect_tables(test, &trans, runs, nr, false, false);
@@ -1072,7 +1079,7 @@ static void the_cpu_agrees_about_memory(struct kunit *test)
 	unsigned int nr;
 	struct span *runs = memory_of_this_machine(test, &nr);
 
-	KUNIT_ASSERT_EQ(test, trans_pgd_create_linear(&trans), 0);
+	create_linear(test, &trans);
 	set_linear(&trans, runs, nr);
 
 	for (unsigned int i = 0; i < nr; i++) {
