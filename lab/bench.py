@@ -116,7 +116,8 @@ def relocate(built: Built, archives: Guest, mib: int, verify: bool, scattered: b
 
     `mmu`: is it on while pages are moved? Raises LabError if it does not come to its end.
     """
-    cell = replace(cell, name=f"bench-{built.kernel.name}", kernel=built.kernel, memory=MEMORY, cpus=1, kaslr=False)
+    cell = replace(cell, name=f"bench-{built.kernel.name}-{cell.name}", kernel=built.kernel, memory=MEMORY, cpus=1,
+                   kaslr=False)
     with tempfile.TemporaryDirectory(prefix="lab.") as folder:
         out, socket = Path(folder) / "counts", Path(folder) / "gdb"
         extra = [*plugin.options(plugin.entry(built), [FILL * 0x01010101], out, mmu, block),

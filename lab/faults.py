@@ -22,7 +22,7 @@ from lab.guest import Guest
 from lab.stage import DESTINATION, DONE, PAGE, PARK, SOURCE, Entry, Outcome, Scene, Stage
 
 MACHINES = ("4k-va48-el1", "4k-va48-nvhe-a57", "4k-va48-vhe")
-LIMIT = 5.0  # seconds after the fault until it is over and done with
+LIMIT = 20.0  # seconds after the fault until it is over and done with
 
 # Exception classes, and of aborts: what kind, and WnR
 UNKNOWN, HVC64, ABORT, BRK64, SERROR = 0x00, 0x16, 0x25, 0x3C, 0x2F
@@ -119,6 +119,7 @@ REFUSAL = re.compile(r"kexec: (?:segment (?P<segment>\d+)|the list of pages) was
                      r"CRC32C at load (?P<at_load>\w+), now (?P<now>\w+)")
 NOTHING = r"(?s)(?!.*kexec: )"
 END = re.compile(r"^kexec: (parked|resetting)$", re.MULTILINE)
+ENDED = re.compile(r"^kexec: (parked|resetting)\r\n", re.MULTILINE)  # the whole line, as it is written
 
 
 A_LIST = Corrupt(None, None, None)
@@ -378,7 +379,7 @@ def written_to_16550(scene: Scene, ready: bool) -> tuple[str, bytes]:
     gdb.set_watch(base, 1)
     text, first = "", b""
     gdb.resume()
-    while gdb.wait(LIMIT / 2) and len(text) < ROOM:
+    while not ENDED.search(text) and len(text) < ROOM and gdb.wait(LIMIT / 2):
         text += chr(gdb.register("x2") & 0xFF)
         gdb.clear_watch(base, 1)
         gdb.step()  # QEMU stops in front of the store, and would do so again

@@ -42,7 +42,8 @@ TRIES = 60  # smaller cases that are tried when one fails,
 PATIENCE = 600.0  # and seconds that this may take
 SHAPES = ("scattered", "adjacent", "kernel", "large", "edge")
 EXECUTED = re.compile(r"^# inspector: parked$", re.M)
-REFUSED = re.compile(r"lab: kload (\d+) ?(.*)")
+REFUSED = re.compile(r"lab: kload (\d+) ?(.*)\n")
+SHORT = re.compile(r"ENOMEM$|memory is short|keeps on moving|Cannot allocate memory")
 FAULT = re.compile(r"^kexec: (parked|resetting)", re.M)
 
 
@@ -253,7 +254,7 @@ def judge(text: str) -> tuple[str, str] | None:
         return ("good", "") if report.good else ("bad", report.text)
     if refused := REFUSED.search(text):
         # Killed, or told that there is not enough memory: not what is looked for here.
-        if refused[1] == "137" or refused[2].strip() == "ENOMEM":
+        if refused[1] == "137" or SHORT.search(refused[2].rstrip()):
             return "refused", refused[0]
         return "bad", refused[0]
     if FAULT.search(text):

@@ -44,10 +44,12 @@ class Gdb:
         self._buffer = b""
         self._virtual = True
         self.stopped = True
-        while self._receive(0.3) is not None:  # it may tell that it stopped
+        # Once it has sent this, QEMU reads and writes single registers. It may tell first that it has stopped.
+        self._send("qXfer:features:read:target.xml:0,800")
+        while (reply := self._receive(ANSWER)) and reply[0] not in "lm":
             pass
-        # Once it has sent this, QEMU reads and writes single registers.
-        self._ask("qXfer:features:read:target.xml:0,800")
+        if not reply:
+            raise GdbError("QEMU's gdb server does not answer")
 
     @staticmethod
     def _connect(path: str) -> socket.socket:
@@ -106,10 +108,15 @@ class Gdb:
         self.clear_break(address)
 
     def step(self) -> None:
-        """Execute one instruction on the selected vCPU."""
-        self._send("s")
-        if not self.wait(ANSWER):
-            raise GdbError("the guest does not step")
+        """Execute one instruction on the selected vCPU, which does not branch to itself."""
+        before = self.register("pc")
+        for _ in range(3):  # QEMU was seen to stop once more where it was
+            self._send("s")
+            if not self.wait(ANSWER):
+                raise GdbError("the guest does not step")
+            if self.register("pc") != before:
+                return
+        raise GdbError(f"the guest does not step from {before:#x}")
 
     def _stop(self, reply: str) -> None:
         self.stopped = True

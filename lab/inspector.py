@@ -67,7 +67,7 @@ def room(page: int, ranges: int = 1000) -> int:
 
 def put(m: Machine) -> None:
     """Have the inspector at hand in a guest, at FILE."""
-    m.put(FILE, (selftests.install() / selftests.TARGET / "inspector").read_bytes())
+    m.put(FILE, selftests.program("inspector"))
 
 
 def expected(cell: Cell) -> list[str]:

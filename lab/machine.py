@@ -21,7 +21,7 @@ from lab.cells import Cell
 from lab.errors import LabError
 from lab.guest import Guest
 
-SILENCE = 60.0  # seconds without a sign of life from a booting kernel, at most
+SILENCE = 120.0  # seconds without a sign of life from a booting kernel, at most
 SILENCE_DEBUG = 240.0  # the same for a kernel that checks everything it does
 BOOT = 600.0  # seconds that a boot takes at most, whatever it says meanwhile
 TAIL = 25  # lines of the console that a failure shows
@@ -348,7 +348,7 @@ class Machine:
         self._send(script)
         return self.hello()
 
-    def leave(self, script: str, timeout: float = 60.0) -> str:
+    def leave(self, script: str, timeout: float = 120.0) -> str:
         """Run a script that has the guest end for good, by kexec or not: what the console showed meanwhile."""
         since = len(self.log())
         begin = time.monotonic()
@@ -361,7 +361,7 @@ class Machine:
                 raise TimeoutFailure(f"it has not ended after {timeout:.0f} s", self)
         return self.log()[since:]
 
-    def sleep(self, script: str, timeout: float = 120.0, meanwhile: Callable[[], None] = lambda: None) -> Result:
+    def sleep(self, script: str, timeout: float = 400.0, meanwhile: Callable[[], None] = lambda: None) -> Result:
         """Run a script that has the guest hibernate, switch it on again, and wait for the end of the script.
 
         `meanwhile` is called once QEMU was started again.
@@ -463,6 +463,7 @@ class Machine:
                 self._qemu.wait(5)  # panic=-1: for the rest of its report
             except subprocess.TimeoutExpired:
                 pass
+            panic = find_panic(self._latest())  # the whole line
         if panic:
             raise Panicked(panic, self)
         if ended is not None:

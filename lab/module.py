@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from lab import build
+from lab import build, lock, paths
 from lab.build import Built
 from lab.machine import Machine, Result
 
@@ -14,18 +14,19 @@ IN_GUEST = "/tmp/provoke.ko"
 
 
 @cache
-def module(built: Built) -> Path:
+def module(built: Built) -> bytes:
     """Bring the module for a kernel up to date. Raises LabError with the compiler's messages when that fails."""
     folder = built.objdir / "lab.module"
     folder.mkdir(exist_ok=True)
-    for what in ["modules"], [f"M={SOURCE}", f"MO={folder}", "modules"]:  # the former tells what the kernel exports
-        build.make(built.srctree, built.objdir, what, built.kernel.by_clang)
-    return folder / "provoke.ko"
+    with lock.held(paths.CACHE / "build.lock", "the compiler"):  # until it is read: others bring it up to date, too
+        for what in ["modules"], [f"M={SOURCE}", f"MO={folder}", "modules"]:  # the former tells what the kernel exports
+            build.make(built.srctree, built.objdir, what, built.kernel.by_clang)
+        return (folder / "provoke.ko").read_bytes()
 
 
 def put(m: Machine) -> None:
     """Have the module at hand in a guest."""
-    m.put(IN_GUEST, module(m.built).read_bytes())
+    m.put(IN_GUEST, module(m.built))
 
 
 def insert(arguments: str) -> str:

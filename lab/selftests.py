@@ -6,10 +6,11 @@ import io
 import re
 import shutil
 import tarfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
 from lab import base, build, host, lock, paths, proc, qemu, tree
 from lab.errors import LabError
@@ -77,6 +78,29 @@ def install() -> Path:
     return folder
 
 
+@cache
+def program(name: str) -> bytes:
+    """One of the installed tests' programs."""
+    with _installed() as folder:
+        return (folder / TARGET / name).read_bytes()
+
+
+@cache
+def _archive() -> bytes:
+    """The installed tests, packed."""
+    data = io.BytesIO()
+    with _installed() as folder, tarfile.open(fileobj=data, mode="w:gz") as tar:
+        tar.add(folder, arcname=".")
+    return data.getvalue()
+
+
+@contextmanager
+def _installed() -> Iterator[Path]:
+    """The folder of install(), while no other process begins its own by emptying it."""
+    with lock.held(paths.CACHE / "lock", "the cache"):
+        yield install()
+
+
 def vmtest(suite: str, srctree: Path, folder: Path, arguments: Sequence[str], virtualization: bool) -> Ktap:
     """Have the vmtest.sh of `suite` in `srctree` build a kernel in `folder` and run it; what it reports.
 
@@ -120,10 +144,7 @@ def _program(path: Path, script: str) -> None:
 
 def put(m: Machine) -> None:
     """Unpack the installed tests in a guest, at IN_GUEST."""
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:gz") as tar:
-        tar.add(install(), arcname=".")
-    m.put("/tmp/selftests.tgz", data.getvalue())
+    m.put("/tmp/selftests.tgz", _archive())
     m.sh(f"mkdir -p {IN_GUEST} && tar xzf /tmp/selftests.tgz -C {IN_GUEST} && rm /tmp/selftests.tgz")
 
 

@@ -330,7 +330,7 @@ class Stage:
     def _leave(self, symbol: str) -> None:
         """Have the guest execute the image, up to a function of its kernel."""
         # In the background: the answer to this comes first. answer() sees the status whole or not at all.
-        script = ("rm -f /tmp/rc; (sleep 0.3; kexec -e; echo $? >/tmp/rc.new; mv /tmp/rc.new /tmp/rc) "
+        script = ("rm -f /tmp/rc; (sleep 1; kexec -e; echo $? >/tmp/rc.new; mv /tmp/rc.new /tmp/rc) "
                   ">/tmp/said 2>&1 &")
         self._run_to(self.symbols[symbol], lambda: self.machine.sh(script))
 
@@ -400,7 +400,7 @@ class Stage:
         self.gdb.resume()
         end = time.monotonic() + limit
         while time.monotonic() < end:
-            result = self.machine.run("cat /tmp/rc && cat /tmp/said", 10)
+            result = self.machine.run("cat /tmp/rc && cat /tmp/said", PATIENCE)
             if result.rc == 0:
                 rc, _, said = result.out.partition("\n")
                 return int(rc), said

@@ -213,7 +213,10 @@ def test_a_program_goes_with_the_command_that_was_interrupted() -> None:
     with pytest.raises(KeyboardInterrupt):
         proc.stream(["sh", "-c", "sleep 60 & echo $!; wait"], interrupt)
     for _ in range(50):
-        if not Path(f"/proc/{pids[0]}").exists() or " Z " in Path(f"/proc/{pids[0]}/stat").read_text():
+        try:
+            if " Z " in Path(f"/proc/{pids[0]}/stat").read_text():
+                return
+        except (FileNotFoundError, ProcessLookupError):
             return
         time.sleep(0.1)
     pytest.fail(f"process {pids[0]} is still there")

@@ -110,10 +110,10 @@ def test_the_second_command_waits_and_says_so_and_ctrl_c_ends_it(environment: di
         assert second.stdout is not None
         assert "waiting: another kexec-lab command is using the compiler" in second.stdout.readline()
         second.send_signal(signal.SIGINT)
-        _, errors = second.communicate(timeout=10)
+        _, errors = second.communicate(timeout=60)
     assert second.returncode == 130
     assert errors == "kexec-lab: interrupted\n"
-    assert subprocess.run(command, env=environment, timeout=10).returncode == 0  # no lock is left behind
+    assert subprocess.run(command, env=environment, timeout=60).returncode == 0  # no lock is left behind
 
 
 def test_clean(environment: dict[str, str], tmp_path: Path, checkout: Path) -> None:
@@ -125,7 +125,7 @@ def test_clean(environment: dict[str, str], tmp_path: Path, checkout: Path) -> N
 
     def clean(*options: str) -> str:
         return subprocess.run([checkout / "kexec-lab", "clean", *options], env=environment, text=True, check=True,
-                              capture_output=True, timeout=10).stdout
+                              capture_output=True, timeout=60).stdout
 
     assert str(mine) in clean("--dry-run") and mine.exists()
     clean()

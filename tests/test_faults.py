@@ -190,7 +190,7 @@ def test_reported_on_a_16550(cell: Cell, stages: Callable[[Cell], Stage]) -> Non
 def test_without_a_fault(cell: Cell, stages: Callable[[Cell], Stage]) -> None:
     """All that is in the way of the next kernel here is the fault."""
     stage = stages(cell)
-    outcome = stage.watch(stage.copying(0), 30)
+    outcome = stage.watch(stage.copying(0), 180)
     assert outcome.hello and outcome.hello["payload"] == stage.machine.guest.payload
 
 
@@ -204,7 +204,7 @@ def test_cost_before_shutdown(cell: Cell, lab: Lab) -> None:
         per_mib = (seconds[256] - seconds[64]) / 192
         stage.machine.report(f"   check before shutdown, emulated: {per_mib * 1e3:.2f} ms per MiB, "
                              + ", ".join(f"{mib} MiB in {took * 1e3:.0f} ms" for mib, took in seconds.items()))
-    assert per_mib < 0.01
+    assert per_mib < 0.05
 
 
 def seconds_to_check(stage: Stage, mib: int) -> float:

@@ -188,17 +188,12 @@ def stopped(cell: Cell, lab: Lab, request: pytest.FixtureRequest, tmp_path: Path
         yield m, gdb
 
 
-def stop_at(gdb: Gdb, address: int, seconds: float = 60) -> None:
-    """Let the guest run up to a function of its kernel."""
-    gdb.set_break(address)
-    gdb.resume()
-    assert gdb.wait(seconds), "the guest does not come there"
-    gdb.clear_break(address)
+def deny_ces(m: Machine, gdb: Gdb, address: int, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Have the kernel that is about to start find redistributors that keep their tables for good.
 
-
-def deny_ces(m: Machine, gdb: Gdb, address: int) -> None:
-    """Have the kernel that is about to start find redistributors that keep their tables for good."""
-    stop_at(gdb, address)
+    `meanwhile` is what starts it.
+    """
+    gdb.run_to(address, 60, str(m.console), meanwhile)
     rdists = gdb.register("x1")
     assert gdb.read(rdists + HAS_CES, 1, virtual=True) == b"\1"
     gdb.write(rdists + HAS_CES, b"\0", virtual=True)
@@ -227,10 +222,8 @@ def test_lpis_that_stay_on(stopped: tuple[Machine, Gdb], lab: Lab) -> None:
             assert any(start <= table and table + TABLE <= end for start, end in reserved)
         keep_busy(m)
         load(m, loader)
-        leave(m)
         since = len(m.log())
-        gdb.interrupt()
-        deny_ces(m, gdb, its_init)
+        deny_ces(m, gdb, its_init, lambda: leave(m))
         hello = m.hello()
         verify(m, hello, since)
         assert PREALLOCATED in own_log(m) and LEFT_ON not in own_log(m)
@@ -250,10 +243,8 @@ def test_lpis_that_were_left_on(stopped: tuple[Machine, Gdb], what: str) -> None
     gdb.resume()
     verify_first(m, m.hello())
     load_onto_the_tables(m, what)
-    leave(m)
     since = len(m.log())
-    gdb.interrupt()
-    stop_at(gdb, read_symbols(m.built.vmlinux)["its_shutdown"])
+    gdb.run_to(read_symbols(m.built.vmlinux)["its_shutdown"], 60, str(m.console), lambda: leave(m))
     gdb.set_register("pc", gdb.register("x30"))  # it returns at once
     gdb.resume()
     verify(m, m.hello(), since)

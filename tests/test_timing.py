@@ -109,7 +109,7 @@ def test_what_is_not_believed(cell: Cell, lab: Lab, tmp_path: Path) -> None:
         (tmp_path / "dtb").write_bytes(fdt.flatten(tree))
         with machine() as m:
             m.hello()
-            said = re.findall(r"kexec: shutdown.*", m.log())
+            said = re.findall(r"kexec: shutdown.*", m.sh("dmesg"))
             wanted = ["kexec: shutdown 0.100 ms, copied 23.3 MiB in 0.200 ms"] if believed else []
             if [line.partition(", startup")[0] for line in said] != wanted or bool(table(m)) != believed:
                 wrong.append(f"{name}: {said} {table(m)}")
