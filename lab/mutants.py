@@ -59,7 +59,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Death:
-    """What became of a mutant: `killer` is the first test that failed twice, "the build", or '' if it survived.
+    """What became of a mutant: `killer` is the first test that failed twice, or '' if it survived.
 
     Tests in `once` failed as well, but not when they were run again.
     """
@@ -134,7 +134,7 @@ _ALL = (
     Mutant("block-at-the-wrong-address", TABLES, "!((va | next | pa) & mask)", "!((va | next) & mask)", "kunit"),
     Mutant("only-pages", TABLES, "\treturn level >= 2 ||", "\treturn level >= 3 ||", "kunit or matrix"),
     Mutant("entry-replaced", TABLES, "\t\t\tif (!pte_none(*entry))\n\t\t\t\treturn -EEXIST;\n", "", "kunit"),
-    Mutant("writable-and-executable", TABLES, "\tif (writable && executable)\n\t\treturn false;\n", "", "kunit"),
+    Mutant("writable-and-executable", TABLES, "if (writable && executable)", "if (writable && executable && !val)", "kunit"),
     Mutant("idmap-of-48-bits", TABLES, ">> 48 ? 52 : 48;", ">> 52 ? 52 : 48;", "kunit", "4k-va52"),
     Mutant("nomap-mapped", TABLES, "if (memblock_is_nomap(region) || s >= e)", "if (s >= e)", "kunit or badload"),
     Mutant("nearly-adjacent-is-adjacent", TABLES, "\t\tif (s == end) {", "\t\tif (end && s <= end + PAGE_SIZE) {", "kunit"),
@@ -182,12 +182,17 @@ def mutate(files: Mapping[str, File | None]) -> dict[str, File | None]:
 
 
 def judge(mutant: Mutant) -> Death:
-    """Build a mutant and run the tests on it: those of its own kinds, and if it survives them, all of them."""
+    """Build a mutant and run the tests on it: those of its own kinds, and if it survives them, all of them.
+
+    Raises LabError if it does not build.
+    """
     begin = time.monotonic()
     kernel = KERNELS[mutant.kernel]
     env = os.environ | {VARIABLE: mutant.name}
     built = subprocess.run([paths.ROOT / "kexec-lab", "build", kernel.name], env=env, capture_output=True, text=True)
-    killer, once = "the build" if built.returncode else "", []
+    if built.returncode:  # no test has noticed anything
+        raise LabError(f"the mutant {mutant.name} does not build", built.stderr[-2000:])
+    killer, once = "", []
     for marks in (mutant.marks, "not series and not lint"):
         while not killer and (failed := _first_failure(["-m", marks, "-k", f"{kernel.name}-",
                                                         *(f"--deselect={test}" for test in once)], kernel, env)):

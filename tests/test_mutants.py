@@ -65,6 +65,12 @@ class Runs:
         return self.findings.pop(0)
 
 
+def test_what_does_not_build_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mutants.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="unused"))
+    with pytest.raises(LabError, match="the mutant wrong-el does not build"):
+        mutants.judge(MUTANTS["wrong-el"])
+
+
 def test_what_fails_once_is_no_killer(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is left out from then on, and another test has to notice; or nobody does."""
     monkeypatch.setattr(mutants.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
