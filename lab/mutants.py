@@ -151,7 +151,7 @@ _ALL = (
     Mutant("protected-while-saved", CRASH, "\t\tcrash_protection_paused = true;\n\t\tcrash_pages_set_valid(true);\n",
            "\t\tcrash_protection_paused = true;\n", "hibernate"),
     Mutant("not-cleaned-after-hibernation", LOAD, "\tkexec_clean_again(kexec_image);\n", "", "hibernate"),
-    Mutant("crash-kernel-not-saved", CRASH, "\treturn !kexec_crash_image || !crash_image_holds(addr);", "\treturn true;",
+    Mutant("crash-kernel-not-saved", CRASH, "|| !crash_image_holds(addr);", "|| !crash_image_holds(addr) || addr;",
            "hibernate"),
     Mutant("registers-not-saved", CRASH, "\tcrash_save_cpu(regs, smp_processor_id());\n", "", "kdump"),
 )
