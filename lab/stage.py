@@ -43,7 +43,6 @@ DESTINATION, INDIRECTION, DONE, SOURCE = 1, 2, 4, 8
 
 PARK = 0x14000000  # b .
 PATIENCE = 60.0  # seconds until a guest has done what takes it one: the host may be busy
-STEPS = 3  # that it may take to execute one instruction: QEMU was seen to stop once more where it was
 BLR, BLR_MASK = 0xD63F0000, 0xFFFFFC1F
 
 
@@ -430,11 +429,8 @@ def enter(gdb: Gdb, start: int, console: str) -> int:
             break
     for address in branches:
         gdb.clear_break(address)
-    for _ in range(STEPS):
-        gdb.step()
-        if gdb.register("pc") == target:
-            break
-    else:
+    gdb.step()
+    if gdb.register("pc") != target:
         raise LabError(f"the PC is {gdb.register('pc'):#x} instead of {target:#x}", console)
     return target
 
