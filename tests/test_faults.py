@@ -204,7 +204,7 @@ def test_cost_before_shutdown(cell: Cell, lab: Lab) -> None:
         per_mib = (seconds[256] - seconds[64]) / 192
         stage.machine.report(f"   check before shutdown, emulated: {per_mib * 1e3:.2f} ms per MiB, "
                              + ", ".join(f"{mib} MiB in {took * 1e3:.0f} ms" for mib, took in seconds.items()))
-    assert per_mib < 0.05
+    assert per_mib < 0.01
 
 
 def seconds_to_check(stage: Stage, mib: int) -> float:
