@@ -236,8 +236,8 @@ class Arena:
             self._boot()
         m = self.machine
         since = len(m.log())
-        m.sh(f"cat >/tmp/request <<EOF\n{statements(self.cell, case)}\nEOF")
-        m.begin("kload </tmp/request >/tmp/said 2>&1; echo lab: kload $? $(cat /tmp/said) >/dev/kmsg")
+        m.begin(f"kload >/tmp/said 2>&1 <<EOF\n{statements(self.cell, case)}\nEOF\n"
+                "echo lab: kload $? $(cat /tmp/said) >/dev/kmsg")
         while time.monotonic() - begin < LIMIT:
             text = m.log()[since:]
             verdict = judge(text)

@@ -1,7 +1,7 @@
 """The guest's user space: initramfs archives, made from Debian's packages and lab/guest/.
 
 Two of them: the one that QEMU boots, and the one that is handed over to, which
-also holds PAYLOAD bytes whose checksum the second kernel has to get right.
+also holds a payload whose checksum the second kernel has to get right.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lab import apt, host, lock, paths, proc, say
 
 SOURCES = Path(__file__).resolve().parent / "guest"
 PACKAGES = ["busybox-static", "kexec-tools"]
-PAYLOAD = 32 << 20  # bytes
+PAYLOAD = 32 << 20  # bytes, unless somebody asks for less
 SEED = b"kexec-lab payload"
 
 SCRIPTS = {"init": "init", "hello.awk": "hello.awk", "fetch": "bin/fetch", "motd": "etc/motd"}
@@ -40,20 +40,24 @@ APPLETS = """
 
 @dataclass(frozen=True)
 class Guest:
-    """`initrd` is for QEMU, `next` for kexec; `payload` is the SHA-256 that the latter has to see."""
+    """`initrd` is for QEMU, `next` for kexec: it ends in `size` bytes whose SHA-256 is `payload`."""
 
     initrd: Path
     next: Path
     payload: str
+    size: int
 
 
-def build() -> Guest:
-    """Bring the archives up to date. Raises LabError when a package or the compiler fails."""
+def build(size: int = PAYLOAD) -> Guest:
+    """Bring the archives, with `size` bytes of payload, up to date.
+
+    Raises LabError when a package or the compiler fails.
+    """
     host.require("build")
     debs = apt.fetch(PACKAGES, "arm64", deps=True)
-    payload = hashlib.shake_256(SEED).digest(PAYLOAD)
-    folder = paths.CACHE / "guest" / _key(debs.values())
-    guest = Guest(folder / "initrd", folder / "next", hashlib.sha256(payload).hexdigest())
+    payload = hashlib.shake_256(SEED).digest(size)
+    folder = paths.CACHE / "guest" / _key(debs.values(), size)
+    guest = Guest(folder / "initrd", folder / "next", hashlib.sha256(payload).hexdigest(), size)
     with lock.held(paths.CACHE / "lock", "the cache"):
         if not folder.exists():
             with say.phase("making the guest's initramfs"):
@@ -91,8 +95,8 @@ def archive(files: Files) -> bytes:
     return out.getvalue()
 
 
-def _key(debs: Iterable[Path]) -> str:
-    digest = hashlib.sha256(Path(__file__).read_bytes())
+def _key(debs: Iterable[Path], size: int) -> str:
+    digest = hashlib.sha256(Path(__file__).read_bytes() + b"%d" % size)
     for deb in sorted(debs):
         digest.update(deb.name.encode())
     for source in sorted([*SOURCES.iterdir(), *SELFTESTS.glob("*.[ch]")]):

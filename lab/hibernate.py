@@ -55,27 +55,24 @@ def machine(cell: Cell, built: Built, archives: Guest, *, accel: str = "tcg", na
             yield m
 
 
-def fill(m: Machine, seed: int) -> None:
-    """Fill half of the memory with a pattern."""
-    m.sh(f"mount -o remount,size=75% /tmp && pattern fill /tmp/pattern {m.boot.cell.memory // 2} {seed}", timeout=300)
+def fill(m: Machine, seed: int, share: int = 2) -> None:
+    """Fill one part in `share` of the memory with a pattern."""
+    m.sh(f"mount -o remount,size=75% /tmp && pattern fill /tmp/pattern {m.boot.cell.memory // share} {seed}", timeout=300)
 
 
-def cycle(m: Machine, number: int, seed: int, meanwhile: Callable[[], None] = lambda: None) -> Cycle:
-    """Hibernate and resume, and check the pattern. Raises BadResume, or whatever else goes wrong.
-
-    `meanwhile` is called when the machine was switched on again.
-    """
+def cycle(m: Machine, number: int, seed: int, share: int = 2) -> Cycle:
+    """Hibernate and resume, and check what fill() wrote. Raises BadResume, or whatever else goes wrong."""
     begin = time.monotonic()
     since = len(m.log())
     before = m.sh("cat /proc/sys/kernel/random/boot_id")
-    result = m.sleep("echo disk >/sys/power/state", meanwhile=meanwhile)
+    result = m.sleep("echo disk >/sys/power/state")
     if result.rc:
         raise BadResume(f"hibernation failed: {result.out}", m)
     seconds = time.monotonic() - begin
     wrong = find_complaints(m.log()[since:])
     if m.sh("cat /proc/sys/kernel/random/boot_id") != before:
         wrong.append("this is not the kernel that hibernated")
-    check = m.run(f"pattern check /tmp/pattern {m.boot.cell.memory // 2} {seed}", timeout=300)
+    check = m.run(f"pattern check /tmp/pattern {m.boot.cell.memory // share} {seed}", timeout=300)
     if check.rc:
         wrong.append(f"the pattern is spoilt: {check.out}")
     if wrong:

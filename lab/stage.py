@@ -135,9 +135,8 @@ class Scene:
 
     @property
     def middle(self) -> Entry:
-        """A page in the middle of the initrd, in the payload."""
-        pages = self.sources(1)
-        return pages[len(pages) // 2]
+        """A page in the middle of the payload, which the initrd ends in."""
+        return self.sources(1)[-self.stage.machine.guest.size // PAGE // 2]
 
     @property
     def last(self) -> Entry:

@@ -43,6 +43,7 @@ LAB: pytest.StashKey[Lab] = pytest.StashKey()
 HELD: pytest.StashKey[ExitStack] = pytest.StashKey()
 SAID: pytest.StashKey[list[str]] = pytest.StashKey()  # by the test that runs, where nobody sees it being said
 COUNTS = ("boots", "starts")  # of Machine
+SMALL = 8 << 20  # bytes of payload in a plain check: a quarter, so that more can be handed over in the same time
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -119,7 +120,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         source = base.source()
         for kernel in dict.fromkeys(cell.kernel for cell in wanted):
             lab.kernels[kernel] = make(kernel, source)
-        lab.guest = guest.build()
+        lab.guest = guest.build(guest.PAYLOAD if config.getoption("--all") else SMALL)
 
 
 def pytest_runtestloop(session: pytest.Session) -> bool | None:

@@ -32,11 +32,17 @@ HOLES = [hibernate.machine_for(CELLS[name], memory=1024) for name in
 GUARDED = [hibernate.machine_for(cell, append=(*cell.append, *(["kasan=off"] if cell.mte else [])))
            for cell in CELLS.values() if cell.kernel in HARDENED]
 CYCLES = {False: 1, True: 10}  # in a plain check, and with --all
+SHARE = {False: 8, True: 2}  # of memory that is filled, one part in so many
 
 
 @pytest.fixture
 def cycles(request: pytest.FixtureRequest) -> int:
     return CYCLES[request.config.getoption("--all")]
+
+
+@pytest.fixture
+def share(request: pytest.FixtureRequest) -> int:
+    return SHARE[request.config.getoption("--all")]
 
 
 @pytest.fixture
@@ -51,50 +57,50 @@ def start(request: pytest.FixtureRequest, lab: Lab) -> Iterator[Callable[[Cell],
         yield one
 
 
-def several(m: Machine, cycles: int) -> None:
-    """Hibernate and resume some times in a row, half of memory filled with something new each time."""
+def several(m: Machine, cycles: int, share: int) -> None:
+    """Hibernate and resume some times in a row, a part of memory filled with something new each time."""
     seconds = []
     for number in range(1, cycles + 1):
-        hibernate.fill(m, number)
-        seconds.append(hibernate.cycle(m, number, number).seconds)
+        hibernate.fill(m, number, share)
+        seconds.append(hibernate.cycle(m, number, number, share).seconds)
     m.report(f"   {m.boot.cell.name}: {cycles} cycles of {', '.join(f'{one:.1f}' for one in seconds)} s")
 
 
 @pytest.mark.cells(*core_only(LONG, "4k-va48-nvhe", "64k-va52-vhe", "64k-va52-el1"))
-def test_again_and_again(cell: Cell, cycles: int, start: Callable[[Cell], Machine]) -> None:
+def test_again_and_again(cell: Cell, cycles: int, share: int, start: Callable[[Cell], Machine]) -> None:
     """Some cycles in a row; then a handover, and after another cycle a crash, still work."""
     m = start(cell)
-    several(m, cycles)
+    several(m, cycles, share)
     m.sh("rm /tmp/pattern")
     handover(m, "file")
     m.sh(hibernate.DISK + "mkswap $swap && swapon $swap && echo shutdown >/sys/power/disk")
-    hibernate.fill(m, 99)
-    hibernate.cycle(m, 99, 99)
+    hibernate.fill(m, 99, share)
+    hibernate.cycle(m, 99, 99, share)
     m.sh("rm /tmp/pattern")
     kdump.load_crash_kernel(m, "file")
     crash_and_verify(m)
 
 
 @pytest.mark.cells(*HOLES)
-def test_with_holes_in_memory(cell: Cell, cycles: int, start: Callable[[Cell], Machine]) -> None:
-    several(start(cell), cycles)
+def test_with_holes_in_memory(cell: Cell, cycles: int, share: int, start: Callable[[Cell], Machine]) -> None:
+    several(start(cell), cycles, share)
 
 
 @pytest.mark.cells(*GUARDED)
-def test_hardened(cell: Cell, start: Callable[[Cell], Machine]) -> None:
+def test_hardened(cell: Cell, share: int, start: Callable[[Cell], Machine]) -> None:
     """Neither type hashes, nor signed or shadowed return addresses, nor tags are lost on the way."""
-    several(start(cell), 2)
+    several(start(cell), 2, share)
 
 
 @pytest.mark.cells(*core_only(LONG, "4k-va48-vhe"))
-def test_with_a_crash_kernel_loaded(cell: Cell, start: Callable[[Cell], Machine]) -> None:
+def test_with_a_crash_kernel_loaded(cell: Cell, share: int, start: Callable[[Cell], Machine]) -> None:
     """It is saved and restored with the rest, protected before and after, and comes up when it is needed."""
     m = start(cell)
     module.put(m)
     loaded = kdump.load_crash_kernel(m, "load")
     segments = list(loaded.segments)
-    hibernate.fill(m, 5)
-    hibernate.cycle(m, 1, 5)
+    hibernate.fill(m, 5, share)
+    hibernate.cycle(m, 1, 5, share)
     assert "crash image cleaned after hibernation" in m.sh("dmesg")
     pages, faults = module.touch(m, "write", segments)
     assert faults == pages > 0
@@ -110,13 +116,13 @@ LOADED = core_only([hibernate.machine_for(CELLS[name]) for name in PLAIN], "4k-v
 
 @pytest.mark.parametrize("loader", ["file", "load-nocheck"])
 @pytest.mark.cells(*LOADED)
-def test_what_is_loaded_comes_back(cell: Cell, loader: str, start: Callable[[Cell], Machine]) -> None:
+def test_what_is_loaded_comes_back(cell: Cell, loader: str, share: int, start: Callable[[Cell], Machine]) -> None:
     """It is cleaned to the PoC again, as nothing but caches (which are not emulated) may hold it, and is executed."""
     m = start(cell)
     loaded = load(m, loader)
     assert (loaded.bytes_to_move == 0) == (loader == "file" and "64k" not in cell.name)
-    hibernate.fill(m, 7)
-    hibernate.cycle(m, 1, 7)
+    hibernate.fill(m, 7, share)
+    hibernate.cycle(m, 1, 7, share)
     assert f"loaded image cleaned after hibernation, {loaded.bytes_in_place} bytes in place" in m.sh("dmesg")
     since = len(m.log())
     verify(m, m.exec(), since)

@@ -94,9 +94,9 @@ def load_onto_the_tables(m: Machine, what: str) -> None:
         kernel, initrd = kernel_and_initrd(m, (table - 2 * MIB) & ~(2 * MIB - 1))
         assert kernel.mem < table < kernel.end
     else:
-        at = (table - initrd_size + 30 * MIB) & ~(TABLE - 1)  # the payload is the last 32 MiB
+        at = (table - initrd_size + m.guest.size - 2 * MIB) & ~(TABLE - 1)  # what it ends in is the payload
         kernel, initrd = kernel_and_initrd(m, (at + initrd_size + 4 * MIB) & ~(2 * MIB - 1), at)
-        assert initrd.end - 32 * MIB < table < initrd.end - MIB
+        assert initrd.end - m.guest.size < table < initrd.end - MIB
     end = max(kernel.end, initrd.end)
     dtb = tree_before(m, kernel, initrd, end + 2 * MIB)
     error = kload(m, [kernel, initrd, dtb], entry=dtb.mem)
