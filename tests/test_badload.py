@@ -305,14 +305,14 @@ done | sort | uniq -c
 def test_killed(cell: Cell, machine: Machine) -> None:
     """A loader that is killed leaves all of its image or nothing, and no lock behind."""
     held = reserved_pages(machine)
-    size = cell.memory * MIB // 4
+    size = cell.memory * MIB // 8
     request = statements([Segment(qemu.RAM_BASE + cell.memory * MIB // 2 + 64 * MIB, size, f"fill 0x5a {size}")])
     machine.put("/tmp/request", (request + "\nannounce\n").encode())
     began = 0
     for tick in range(10):
         said = machine.sh("rm -f /tmp/calling; kload </tmp/request 2>/tmp/calling & pid=$!\n"
                           "until grep -q calling /tmp/calling 2>/dev/null; do :; done\n"
-                          f"sleep {tick / 20}; kill -9 $pid && echo in time; wait $pid\n"
+                          f"sleep {tick / 40}; kill -9 $pid && echo in time; wait $pid\n"
                           "cat /sys/kernel/kexec_loaded").split("\n")
         began += said[0] == "in time"
         assert kload(machine, []) == "0"
