@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Callable, Sequence
 
 from lab import timing
 from lab.cells import Cell
@@ -196,6 +196,21 @@ def taken_memory(m: Machine) -> int:
                 "awk '/^ +count:/ { n += $2 } END { print n }' /proc/zoneinfo")  # free, but kept by CPUs
     rest, kept = map(int, text.split())
     return rest - kept * m.boot.cell.kernel.pages
+
+
+def lost_memory(m: Machine, work: Callable[[], object], limit: int, rounds: int) -> list[int]:
+    """KiB that each round of `work` takes, the last one less than `limit`, unless all of them take more.
+
+    Caches take memory once, a leak does each time.
+    """
+    lost: list[int] = []
+    for _ in range(rounds):
+        before = taken_memory(m)
+        work()
+        lost.append(taken_memory(m) - before)
+        if lost[-1] < limit:
+            break
+    return lost
 
 
 def control_pages(m: Machine) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from lab import qemu
 from lab.cells import CELLS, Cell
-from lab.handover import load, log_since, reserved_pages, taken_memory, verify
+from lab.handover import load, log_since, lost_memory, reserved_pages, taken_memory, verify
 from lab.kload import IMAGE_SIZE, NO_CMA, Segment, call, file_statements, kload, statements
 from lab.machine import Machine
 
@@ -262,13 +262,12 @@ def test_without_memory(cell: Cell, machine: Machine) -> None:
     load(machine, "file")
     assert reserved_pages(machine) == held
     n = failed[-4]  # one of the tables, which come last
-    lost, limit = [], REPETITIONS * cell.kernel.pages
-    for _ in range(3):  # memory that caches take is taken once, what leaks is lost each time
-        before = taken_memory(machine)
+
+    def again() -> None:
         assert machine.sh(AGAIN.format(n=n, times=REPETITIONS), timeout=300).split() == [str(REPETITIONS), "ENOMEM"]
-        lost.append(taken_memory(machine) - before)
-        if lost[-1] < limit:
-            break
+
+    limit = REPETITIONS * cell.kernel.pages
+    lost = lost_memory(machine, again, limit, 3)
     machine.report(f"   {REPETITIONS} loads that failed at allocation {n} each time: {lost} KiB are lost")
     assert lost[-1] < limit, "a page or more is lost each time"
     assert reserved_pages(machine) == held

@@ -6,7 +6,7 @@ import pytest
 
 from lab import module
 from lab.cells import CELLS, DEFAULT
-from lab.handover import Loaded, load, load_by_call, reserved_pages, taken_memory, verify
+from lab.handover import Loaded, load, load_by_call, lost_memory, reserved_pages, verify
 from lab.kload import MIB, NO_CMA
 from lab.machine import Machine
 
@@ -83,15 +83,10 @@ def test_unloading_gives_it_back(machine: Machine) -> None:
     """All of it, each time."""
     load(machine, "file")
     machine.sh("kexec -u")
-    held, lost = reserved_pages(machine), []
-    limit = REPETITIONS * machine.boot.cell.kernel.pages
-    for _ in range(ROUNDS):  # caches take memory once, a leak does each time
-        before = taken_memory(machine)
-        machine.sh(f"for n in $(seq {REPETITIONS}); do "
-                   "kexec -s -l /next/Image --initrd=/next/initrd --reuse-cmdline && kexec -u || exit; done", timeout=300)
-        lost.append(taken_memory(machine) - before)
-        if lost[-1] < limit:
-            break
+    held, limit = reserved_pages(machine), REPETITIONS * machine.boot.cell.kernel.pages
+    work = (f"for n in $(seq {REPETITIONS}); do "
+            "kexec -s -l /next/Image --initrd=/next/initrd --reuse-cmdline && kexec -u || exit; done")
+    lost = lost_memory(machine, lambda: machine.sh(work, timeout=300), limit, ROUNDS)
     machine.report(f"   loaded and unloaded {REPETITIONS} times each: {lost} KiB are lost")
     assert lost[-1] < limit
     assert reserved_pages(machine) == held

@@ -12,7 +12,7 @@ import pytest
 from conftest import Lab
 from lab import kdump, module, qemu
 from lab.cells import CELLS, Cell, core_only, on_base
-from lab.handover import load, log_since, reserved_pages, taken_memory, verify
+from lab.handover import load, log_since, lost_memory, reserved_pages, verify
 from lab.kdump import CRASHES, LOADERS, MIB, crash_and_verify, ranges_of
 from lab.kload import Segment, kload
 from lab.machine import Machine
@@ -115,16 +115,12 @@ def test_life_of_the_protection(machine: Machine) -> None:
     request = "\\n".join([f"segment {start + 2 * MIB:#x} {64 * page:#x} fill 0x5a 100",
                           f"segment {start + 16 * MIB:#x} {page:#x} zero",
                           f"entry {start + 2 * MIB:#x}", f"flags {0xb70001:#x}"])
-    lost = []
-    for _ in range(3):  # memory that caches take is taken once, what leaks is lost each time
-        before = taken_memory(machine)
-        machine.sh(f"for n in $(seq 100); do printf '{request}\\n' | kload || exit; "
-                   f"printf '{request}\\n' | kload || exit; kexec -p -u || exit; done", timeout=300)
-        lost.append(taken_memory(machine) - before)
-        if lost[-1] < 100 * page // 1024:
-            break
+    work = (f"for n in $(seq 100); do printf '{request}\\n' | kload || exit; "
+            f"printf '{request}\\n' | kload || exit; kexec -p -u || exit; done")
+    limit = 100 * machine.boot.cell.kernel.pages
+    lost = lost_memory(machine, lambda: machine.sh(work, timeout=300), limit, 3)
     machine.report(f"   loaded, again, and unloaded 100 times each: {lost} KiB are lost")
-    assert lost[-1] < 100 * page // 1024
+    assert lost[-1] < limit
     for load_again in range(2):
         pages, faults = module.touch(machine, "read", whole)
         assert faults == 0

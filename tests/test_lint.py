@@ -167,12 +167,11 @@ def test_no_warning_from_the_compiler_or_sparse(source: Source) -> None:
 
 def test_warnings_are_found(source: Source, broken: Path) -> None:
     """Those of the compiler, of the compiler with W=1, and of sparse."""
-    path = append(broken, "static int unused;\n"
-                          "int undeclared(int *p)\n{\n\treturn *p;\n}\n"
+    path = append(broken, "int undeclared(int *p)\n{\n\tint unused = 1;\n\n\treturn *p;\n}\n"
                           "int unmarked(int __user *p);\nint unmarked(int __user *p)\n{\n\treturn *p;\n}\n")
-    complaints = "\n".join(compile_all(source, broken, [path]))
-    for complaint in ("'unused' defined but not used", "no previous prototype", "dereference of noderef"):
-        assert complaint in complaints.replace("\u2018", "'").replace("\u2019", "'")
+    complaints = compile_all(source, broken, [path])
+    for complaint in ("unused variable", "no previous prototype", "dereference of noderef"):
+        assert any(complaint in line for line in complaints), complaint
 
 
 # kernel-doc

@@ -157,7 +157,7 @@ def test_onto_the_tables(cell: Cell, machine: Machine) -> None:
 def test_generations(start: Callable[..., Machine], request: pytest.FixtureRequest) -> None:
     """Kernel after kernel, by both system calls, while LPIs come in."""
     m = start(*DEVICE)
-    loaders = ("load-nocheck", "file", "load-nocheck", "load-nocheck", "file", "file")
+    loaders = ("load-nocheck", "file", "file", "load-nocheck", "load-nocheck")
     for loader in loaders if request.config.getoption("--all") else loaders[:3]:
         assert lpis(m) > 0
         keep_busy(m)
