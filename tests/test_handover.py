@@ -15,9 +15,9 @@ COVERED = ("4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1", "64k-va52-vhe", "64k-va
 
 
 @pytest.mark.cells(*(CELLS[name] for name in COVERED))
-def test_onto_the_running_kernel(machine: Machine) -> None:
+def test_onto_the_running_kernel(machine: Machine, request: pytest.FixtureRequest) -> None:
     """Every page that the running kernel uses is overwritten: text, data, page tables, stacks."""
-    for _ in range(2):
+    for _ in range(2 if request.config.getoption("--all") else 1):
         segments = load_over_running_kernel(machine)
         machine.report(f"   {sum(s.memsz for s in segments) >> 20} MiB in {len(segments)} segments")
         since = len(machine.log())
