@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import select
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -38,7 +39,7 @@ class GuestFailure(LabError):
 
     def __init__(self, what: str, machine: "Machine") -> None:
         super().__init__(f"{machine.boot.cell.name}: {what}",
-                         f"the console's end ({machine.console}):\n{indent(machine.tail())}\n"
+                         f"the console's end ({machine.keep_console()}):\n{indent(machine.tail())}\n"
                          f"  by hand: {qemu.by_hand(machine.boot)}")
 
 
@@ -272,6 +273,10 @@ class Machine:
         said = self._errors.read_text(errors="replace").strip()
         lines = self.log().splitlines()[-TAIL:] + ([f"QEMU: {said}"] if said else [])
         return "\n".join(lines) or "(nothing)"
+
+    def keep_console(self) -> Path:
+        """Copy the console to a file that only another failure of the same test overwrites."""
+        return Path(shutil.copy(self.console, self.console.with_suffix(".failed.log")))
 
     def heard(self, seconds: float) -> dict[str, Any] | None:
         """The next message from the guest, if one comes within `seconds`, whatever it is about."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +43,8 @@ def test_a_panic_is_told_with_its_reason(machine: Machine) -> None:
     with pytest.raises(Panicked, match="sysrq triggered crash") as caught:
         machine.run("echo c >/proc/sysrq-trigger")
     assert "Call trace" in caught.value.hint and "qemu-system-aarch64" in caught.value.hint
+    kept, = re.findall(r"\((.*\.failed\.log)\)", caught.value.hint)
+    assert Path(kept).read_text() == machine.console.read_text()
 
 
 def test_the_end_of_qemu_is_no_panic(machine: Machine) -> None:
