@@ -189,9 +189,7 @@ def judge(mutant: Mutant) -> Death:
     begin = time.monotonic()
     kernel = KERNELS[mutant.kernel]
     env = os.environ | {VARIABLE: mutant.name}
-    built = subprocess.run([paths.ROOT / "kexec-lab", "build", kernel.name], env=env, capture_output=True, text=True)
-    if built.returncode:  # no test has noticed anything
-        raise LabError(f"the mutant {mutant.name} does not build", built.stderr[-2000:])
+    _build(kernel.name, env, f"the mutant {mutant.name}")  # if it fails, no test has noticed anything
     killer, once = "", []
     for marks in (mutant.marks, "not series and not lint"):
         while not killer and (failed := _first_failure(["-m", marks, "-k", f"{kernel.name}-",
@@ -202,6 +200,12 @@ def judge(mutant: Mutant) -> Death:
             else:
                 once.append(failed)
     return Death(mutant.name, killer, time.monotonic() - begin, tuple(once))
+
+
+def _build(name: str, env: Mapping[str, str], what: str) -> None:
+    done = subprocess.run([paths.ROOT / "kexec-lab", "build", name], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise LabError(f"{what} does not build", done.stderr[-2000:])
 
 
 def first_failure(text: str) -> str:
@@ -236,6 +240,9 @@ def main(args: argparse.Namespace) -> int:
         say.info(f"{number:3d}/{len(wanted)} {mutant.name:36} {death.killer or 'SURVIVED'}{once} ({death.seconds:.0f} s)")
         paths.OUT.mkdir(exist_ok=True)
         REPORT.write_text(json.dumps([asdict(one) for one in deaths], indent=1) + "\n")
+    # Nobody who takes a kernel from where it was built is to get a mutant.
+    for name in sorted({mutant.kernel for mutant in wanted}):
+        _build(name, os.environ, name)
     survivors = [death.mutant for death in deaths if not death.killer]
     say.info(f"{len(deaths) - len(survivors)} of {len(deaths)} killed; {REPORT.relative_to(paths.ROOT)} has the table")
     if survivors:
