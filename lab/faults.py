@@ -308,7 +308,7 @@ def no_psci(s: Scene) -> Taken:
 @dataclass(frozen=True)
 class Fault:
     """`what` is done, `when`: "call" (before the reboot call), "entry" (to the control page) or
-    "copying" (a quarter of the initrd is moved). `els` are the kinds of machines that can; `peer`
+    "copying" (part of the initrd is moved). `els` are the kinds of machines that can; `peer`
     tells whether mainline has the like of what is broken.
     """
 

@@ -135,8 +135,10 @@ class Scene:
 
     @property
     def middle(self) -> Entry:
-        """A page in the middle of the payload, which the initrd ends in."""
-        return self.sources(1)[-self.stage.machine.guest.size // PAGE // 2]
+        """A page to be moved in the middle of the payload, which the initrd ends in."""
+        _, size = self.stage.loaded.segments[1]
+        payload = [e for e in self.sources(1) if e.page * PAGE >= size - self.stage.machine.guest.size]
+        return payload[len(payload) // 2]
 
     @property
     def last(self) -> Entry:
@@ -308,10 +310,10 @@ class Stage:
         return self._look()
 
     def copying(self, panic: int) -> Scene:
-        """The same, after a quarter of the initrd was moved."""
+        """The same, after half of what comes before the middle page was moved."""
         scene = self.at_entry(panic)
         pages = scene.sources(1)
-        address = scene.virtual(pages[len(pages) // 4].dest)
+        address = scene.virtual(pages[pages.index(scene.middle) // 2].dest)
         self.gdb.set_watch(address, 8)
         self.gdb.resume()
         if not self.gdb.wait(PATIENCE):
