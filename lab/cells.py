@@ -10,7 +10,7 @@ level (tests/test_cells.py holds the list to that). Cells for one question each
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Iterable
+from typing import Callable, Collection, Iterable
 
 from lab.errors import UsageError
 
@@ -196,6 +196,11 @@ def core_only(ones: Iterable[Cell], *names: str) -> list[Cell]:
     """The same machines, of which a plain `check` has those alone whose names begin with one of `names` and a dash."""
     starts = tuple(f"{name}-" for name in names)
     return [replace(one, core=one.core and f"{one.name}-".startswith(starts)) for one in ones]
+
+
+def each_with(ones: Iterable[Cell], words: Collection[str], core: Callable[[Cell, str], bool]) -> dict[Cell, str]:
+    """The same machines, each once with each word, which ends its name; a plain `check` has those that `core` picks."""
+    return {replace(one, name=f"{one.name}-{word}", core=core(one, word)): word for one in ones for word in words}
 
 
 def cell(name: str) -> Cell:

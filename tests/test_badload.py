@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 
 import pytest
 
 from lab import qemu
-from lab.cells import CELLS, Cell
+from lab.cells import CELLS, Cell, each_with
 from lab.handover import load, log_since, lost_memory, reserved_pages, taken_memory, verify
 from lab.kload import IMAGE_SIZE, NO_CMA, Segment, call, file_statements, kload, statements
 from lab.machine import Machine
@@ -24,8 +23,8 @@ REPETITIONS = 200
 CLAIMED = 32 * MIB  # bytes, more than memory varies by
 HOLES = [cell for cell in CELLS.values() if cell.holes]
 # Machines and what is loaded there; in a plain check each machine and each loader.
-BY_LOADER = {replace(cell, name=f"{cell.name}-{loader}", core=cell.core and (cell.kernel.pages == 4) == (loader == "load")):
-             loader for cell in HOLES for loader in ("load", "file")}
+BY_LOADER = each_with(HOLES, ("load", "file"),
+                      lambda cell, loader: cell.core and (cell.kernel.pages == 4) == (loader == "load"))
 
 Request = tuple[str, list[Segment], int | None]  # errno, segments, flags
 

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import Lab, name_of
 from lab import hibernate, kdump, module
-from lab.cells import CELLS, HARDENED, Cell, core_only, on_base
+from lab.cells import CELLS, HARDENED, Cell, core_only, each_with, on_base
 from lab.faults import SLOTS
 from lab.gdb import Gdb, options
 from lab.handover import handover, load, verify
@@ -112,9 +112,9 @@ def test_with_a_crash_kernel_loaded(cell: Cell, share: int, start: Callable[[Cel
 
 
 # Machines and what is loaded there; in a plain check each loader.
-LOADED = {replace(cell, name=f"{cell.name}-{loader}", core=(name, loader) in (("4k-va48-nvhe", "file"),
-                                                                              ("64k-va52-el1", "load-nocheck"))): loader
-          for name in PLAIN for cell in (hibernate.machine_for(CELLS[name]),) for loader in ("file", "load-nocheck")}
+LOADED = each_with([hibernate.machine_for(CELLS[name]) for name in PLAIN], ("file", "load-nocheck"),
+                   lambda cell, loader: f"{cell.name}-{loader}" in ("4k-va48-nvhe-hibernate-file",
+                                                                    "64k-va52-el1-hibernate-load-nocheck"))
 
 
 @pytest.mark.cells(*LOADED)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import struct
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from lab import host, inspector, qemu
-from lab.cells import CELLS, Cell, core_only
+from lab.cells import CELLS, Cell, core_only, each_with
 from lab.inspector import HEAD, RANGE, SIZE, Report, inspect, parse
 from lab.kload import Segment, kernel_base
 from lab.machine import Machine, find_complaints
@@ -116,8 +116,7 @@ AT_EL2 = {
 }
 MACHINES = (CELLS["4k-va48-el1"], CELLS["4k-va48-vhe"], CELLS["4k-va48-nvhe-a57"])
 # Machines and what is wrong on them; in a plain check each of it once.
-WRONG = {replace(cell, name=f"{cell.name}-{name}", core=number % len(MACHINES) == place): name
-         for number, name in enumerate(ANYWHERE) for place, cell in enumerate(MACHINES)}
+WRONG = each_with(MACHINES, ANYWHERE, lambda cell, name: cell is MACHINES[list(ANYWHERE).index(name) % len(MACHINES)])
 
 
 def assemble(code: str, el: int, folder: Path) -> bytes:

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import Lab
 from lab import kdump, module, qemu
-from lab.cells import CELLS, Cell, core_only, on_base
+from lab.cells import CELLS, Cell, core_only, each_with, on_base
 from lab.handover import load, log_since, lost_memory, reserved_pages, verify
 from lab.kdump import CRASHES, LOADERS, MIB, crash_and_verify, ranges_of
 from lab.kload import Segment, kload
@@ -38,8 +38,7 @@ CASES = cases()
 ON = kdump.machine_for(CELLS["4k-va48-vhe"])
 ON_64K = kdump.machine_for(CELLS["64k-va52-el1"])
 # Machines that are written to, and who loads; in a plain check each machine and each loader.
-WRITTEN = {replace(cell, name=f"{cell.name}-{loader}", core=(cell is ON) == (loader == "load")): loader
-           for cell in (ON, ON_64K) for loader in LOADERS}
+WRITTEN = each_with((ON, ON_64K), LOADERS, lambda cell, loader: (cell is ON) == (loader == "load"))
 BLOCKS = replace(kdump.machine_for(CELLS["4k-va48-nvhe"], rodata="noalias"), name="4k-va48-nvhe-kdump-blocks")
 BASE = on_base(ON)
 

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import Lab, name_of
 from lab import kdump
-from lab.cells import CELLS, DEFAULT, Cell, core_only, on_base
+from lab.cells import CELLS, DEFAULT, Cell, core_only, each_with, on_base
 from lab.gdb import Gdb, options
 from lab.handover import BadHandover, handover, load, verify, verify_first
 from lab.kdump import crash_and_verify
@@ -25,8 +25,7 @@ pytestmark = pytest.mark.neighbours
 ON = core_only([CELLS[name] for name in ("4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1-a72", "64k-va52-vhe")],
                "4k-va48-nvhe", "4k-va48-el1-a72", "64k-va52-vhe")
 # Machines and what is loaded onto their tables; in a plain check each machine and each of the two.
-ONTO = {replace(cell, name=f"{cell.name}-{what}", core=cell.core and (cell.el == "el1") == (what == "image")): what
-        for cell in ON for what in ("initrd", "image")}
+ONTO = each_with(ON, ("initrd", "image"), lambda cell, what: cell.core and (cell.el == "el1") == (what == "image"))
 KDUMP = (kdump.machine_for(DEFAULT), kdump.machine_for(CELLS["64k-va52-el1"]))
 BASE = on_base(replace(DEFAULT, name="4k-va48-vhe-its", its=True))
 PLAIN = replace(DEFAULT, name="4k-va48-vhe-nokaslr", kaslr=False)  # to find functions by their address
