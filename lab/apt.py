@@ -116,19 +116,43 @@ def stanzas(suite: str | None, release: str, found: list[Origin]) -> str:
 
     Raises LabError when no entry of the machine is Debian's archive of that release.
     """
-    wanted = (release, f"{release}-updates", f"{release}-security", f"{release}/updates")
-    debian = [o for o in found if "main" in o.components and set(o.suites) & set(wanted)]
+    kin = _kin(release, found)
+    if suite:
+        archive = next(o for o in kin if release in o.suites)
+        return archive.stanza((suite,))
+    return "\n".join(o.stanza(tuple(s for s in o.suites if s in _suites(release))) for o in kin)
+
+
+def sources_of(other: str) -> str:
+    """The source list of a machine like this one that runs the release `other`. Raises LabError like stanzas()."""
+    release = host.release()
+    return "\n".join(o.stanza(tuple(s.replace(release, other) for s in o.suites if s in _suites(release)))
+                     for o in _kin(release, origins()))
+
+
+def proxies() -> list[str]:
+    """The lines of this machine's apt configuration that say how the network is reached."""
+    dump = proc.run(["apt-config", "dump"]).stdout.decode()
+    return [line for line in dump.splitlines() if re.match(r'Acquire::(https?::)+.*Proxy.* "[^"]', line)]
+
+
+def _suites(release: str) -> tuple[str, ...]:
+    return release, f"{release}-updates", f"{release}-security", f"{release}/updates"
+
+
+def _kin(release: str, found: list[Origin]) -> list[Origin]:
+    """The entries of Debian's archive of `release`, its updates and its security updates.
+
+    Raises LabError when there are none.
+    """
+    debian = [o for o in found if "main" in o.components and set(o.suites) & set(_suites(release))]
     archives = [o for o in debian if release in o.suites]
     # Other vendors use Debian's suite names too; the keyring tells them apart.
     archives.sort(key=lambda o: "debian-archive-keyring" not in o.signed_by)
     if not archives:
         raise LabError(f"no entry for Debian '{release}' main in this machine's apt sources",
                        "add Debian's archive to the apt sources, or give the kernel tree by hand: KERNEL_SRC=DIR")
-    archive = archives[0]
-    if suite:
-        return archive.stanza((suite,))
-    kin = [o for o in debian if o.signed_by == archive.signed_by]
-    return "\n".join(o.stanza(tuple(s for s in o.suites if s in wanted)) for o in kin)
+    return [o for o in debian if o.signed_by == archives[0].signed_by]
 
 
 def fetch(packages: list[str], arch: str, suite: str | None = None, deps: bool = False) -> dict[str, Path]:

@@ -32,6 +32,7 @@ class Feature:
 
 
 _CROSS = () if ARM64 else ("gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross")
+_IDS = () if os.geteuid() == 0 else ("uidmap",)  # for a user namespace
 
 FEATURES: dict[str, Feature] = {
     "base": Feature(("git", "tar", "xz-utils"), ("git", "tar", "xz")),
@@ -42,6 +43,7 @@ FEATURES: dict[str, Feature] = {
     "boot": Feature(("qemu-system-arm", "qemu-utils", "qemu-efi-aarch64"), ("qemu-system-aarch64", "qemu-img")),
     "test": Feature(("python3-pytest", "python3-pytest-timeout", "python3-pytest-xdist"), ()),
     "plot": Feature(("gnuplot-nox",), ("gnuplot",)),
+    "rootfs": Feature(("mmdebstrap", *_IDS), ("mmdebstrap", "unshare")),
     "lint": Feature(("sparse", "perl", "patch"), ("sparse", "perl", "patch")),
 }
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ SILENCE = 120.0  # seconds without a sign of life from a booting kernel, at most
 SILENCE_DEBUG = 240.0  # the same for a kernel that checks everything it does
 BOOT = 600.0  # seconds that a boot takes at most, whatever it says meanwhile
 TAIL = 25  # lines of the console that a failure shows
+STRAYS = 5  # of the lines over the port that are no messages
 
 BOOTING = "Booting Linux on physical CPU"  # the first line of every kernel
 RESUMED = re.compile(r"PM: hibernation: (hibernation exit|resume failed)|PM: Image not found")
@@ -40,6 +42,7 @@ class GuestFailure(LabError):
     def __init__(self, what: str, machine: "Machine") -> None:
         super().__init__(f"{machine.boot.cell.name}: {what}",
                          f"the console's end ({machine.keep_console()}):\n{indent(machine.tail())}\n"
+                         f"{machine.strays()}"
                          f"  by hand: {qemu.by_hand(machine.boot)}")
 
 
@@ -85,11 +88,15 @@ class Result:
 
 
 class _Port:
-    """The host's end of the virtio-serial port: messages, one JSON object each."""
+    """The host's end of the virtio-serial port: messages, one JSON object each.
+
+    `strays` are the lines that were no messages, the last STRAYS of them.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
         self._buffer = b""
+        self.strays: deque[bytes] = deque(maxlen=STRAYS)
 
     def send(self, text: str) -> None:
         self._end.sendall(text.encode())
@@ -112,17 +119,19 @@ class _Port:
         return message
 
     def _message(self) -> dict[str, Any] | None:
-        message, rest = parse_message(self._buffer)
-        self._buffer = rest
+        message, self._buffer, strays = parse_message(self._buffer)
+        self.strays.extend(strays)
         return message
 
 
-def parse_message(buffer: bytes) -> tuple[dict[str, Any] | None, bytes]:
+def parse_message(buffer: bytes) -> tuple[dict[str, Any] | None, bytes, list[bytes]]:
     """Take one message off `buffer`: a line of JSON and as many bytes as its "size" says.
 
-    What is not a message is dropped: the last words of an earlier kernel.
-    Returns None, and what has to be kept, when there is no whole one yet.
+    Returns it, or None when there is no whole one yet, what is left of `buffer`,
+    and the lines before it that are no messages. The last words of an earlier
+    kernel are such lines.
     """
+    strays: list[bytes] = []
     while b"\n" in buffer:
         line, rest = buffer.split(b"\n", 1)
         try:
@@ -130,14 +139,15 @@ def parse_message(buffer: bytes) -> tuple[dict[str, Any] | None, bytes]:
         except ValueError:
             message = None
         if not isinstance(message, dict):
+            strays += [line] if line.strip() else []
             buffer = rest
             continue
         size = message.get("size", 0)
         if len(rest) < size:
-            return None, buffer
+            return None, buffer, strays
         message["out"] = rest[:size].decode(errors="replace")
-        return message, rest[size:]
-    return None, buffer
+        return message, rest[size:], strays
+    return None, buffer, strays
 
 
 def parse_hello(message: dict[str, Any], seconds: float) -> Hello:
@@ -273,6 +283,11 @@ class Machine:
         said = self._errors.read_text(errors="replace").strip()
         lines = self.log().splitlines()[-TAIL:] + ([f"QEMU: {said}"] if said else [])
         return "\n".join(lines) or "(nothing)"
+
+    def strays(self) -> str:
+        """What came over the port and is no message, as lines of a failure; '' if nothing did."""
+        lines = "\n".join(line.decode(errors="replace") for line in self._port.strays)
+        return f"  over the port came what is no message:\n{indent(lines)}\n" if lines else ""
 
     def keep_console(self) -> Path:
         """Copy the console to a file that only another failure of the same test overwrites."""

@@ -91,19 +91,20 @@ def test_complaints(log: str, complaints: int) -> None:
 
 def test_messages_are_taken_one_by_one_whatever_they_carry() -> None:
     stream = b'tail of an ear\n\n{"id": 1, "rc": 0, "size": 8}\n{"id":9}{"id": 2, "rc": 1, "size": 0}\n'
-    first, rest = parse_message(stream)
+    first, rest, strays = parse_message(stream)
     assert first is not None and (first["id"], first["out"]) == (1, '{"id":9}')
-    second, rest = parse_message(rest)
-    assert second is not None and (second["id"], second["rc"], rest) == (2, 1, b"")
-    assert parse_message(b"") == (None, b"")
+    assert strays == [b"tail of an ear"]
+    second, rest, strays = parse_message(rest)
+    assert second is not None and (second["id"], second["rc"], rest, strays) == (2, 1, b"", [])
+    assert parse_message(b"") == (None, b"", [])
 
 
 def test_a_message_is_not_taken_before_it_is_whole() -> None:
     whole = b'{"id": 1, "rc": 0, "size": 4}\nab\n\xff'
     for length in range(len(whole)):
-        message, rest = parse_message(whole[:length])
-        assert message is None and rest == whole[:length]
-    message, rest = parse_message(whole)
+        message, rest, strays = parse_message(whole[:length])
+        assert message is None and rest == whole[:length] and not strays
+    message, rest, strays = parse_message(whole)
     assert message is not None and message["out"] == "ab\n�" and rest == b""
 
 

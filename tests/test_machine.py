@@ -51,3 +51,9 @@ def test_the_end_of_qemu_is_no_panic(machine: Machine) -> None:
     machine.qmp("quit")
     with pytest.raises(Crashed):
         machine.run("true")
+
+
+def test_what_is_no_message_is_shown_with_the_failure(machine: Machine) -> None:
+    with pytest.raises(TimeoutFailure) as caught:  # 3 is the port, in init and what it runs
+        machine.run("echo '{\"hello\": \"a \"quoted\" word\"}' >&3; sleep 60", timeout=5)
+    assert 'what is no message:\n    {"hello": "a "quoted" word"}\n' in caught.value.hint

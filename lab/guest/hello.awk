@@ -1,11 +1,12 @@
 # Facts about this kernel in one line of JSON. Reads /proc/cmdline, /proc/uptime,
 # /proc/meminfo and dmesg; a fact that was not found is null.
 
+# A JSON string. "\\&", a backslash and what was found, is the one replacement with a
+# backslash that all awks understand alike: busybox 1.35 and 1.37 differ in the others.
 function text(s) {
 	if (s == "")
 		return "null"
-	gsub(/\\/, "\\\\", s)
-	gsub(/"/, "\\\"", s)
+	gsub(/["\\]/, "\\\\&", s)
 	gsub(/[[:cntrl:]]/, " ", s)
 	return "\"" s "\""
 }
