@@ -151,7 +151,7 @@ def _kin(release: str, found: list[Origin]) -> list[Origin]:
     archives.sort(key=lambda o: "debian-archive-keyring" not in o.signed_by)
     if not archives:
         raise LabError(f"no entry for Debian '{release}' main in this machine's apt sources",
-                       "add Debian's archive to the apt sources, or give the kernel tree by hand: KERNEL_SRC=DIR")
+                       "add Debian's archive to the apt sources, or give the kernel by hand: KERNEL_SRC")
     return [o for o in debian if o.signed_by == archives[0].signed_by]
 
 
@@ -165,16 +165,31 @@ def fetch(packages: list[str], arch: str, suite: str | None = None, deps: bool =
         raise LabError(f"{' '.join(packages)} cannot be fetched: this is not a Debian system",
                        "run the laboratory on Debian 12 or 13")
     release = host.release()
-    root = paths.CACHE / "apt" / f"{suite or release}-{arch}"
-    folder = root / ("-".join(packages) + ("-with-dependencies" if deps else ""))
+    root, folder = _folders(packages, arch, suite or release, deps)
     with lock.held(paths.CACHE / "lock", "the cache"):
-        known = _known(folder)
-        if known:
-            return known
+        if there := _known(folder):
+            return there
         with say.phase(f"fetching {' '.join(packages)} ({arch}, {suite or release})"):
             configuration = _configure(root, folder, arch, stanzas(suite, release, origins()))
             _update(root, configuration, packages)
             return _download(folder, configuration, packages, deps)
+
+
+def known(packages: list[str], arch: str, suite: str) -> bool:
+    """Whether fetch() needs no network for these."""
+    return bool(_known(_folders(packages, arch, suite, deps=False)[1]))
+
+
+def machines_archive() -> Path:
+    """The folder in which the machine's own apt keeps packages that it has downloaded."""
+    said = proc.run(["apt-config", "shell", "archives", "Dir::Cache::archives/d"]).stdout.decode()
+    return Path(shlex.split(said)[0].partition("=")[2])
+
+
+def _folders(packages: list[str], arch: str, suite: str, deps: bool) -> tuple[Path, Path]:
+    """Where what belongs to a suite is cached, and where these packages of it are."""
+    root = paths.CACHE / "apt" / f"{suite}-{arch}"
+    return root, root / ("-".join(packages) + ("-with-dependencies" if deps else ""))
 
 
 def _known(folder: Path) -> dict[str, Path]:
@@ -211,7 +226,7 @@ def _update(root: Path, configuration: Path, packages: list[str]) -> None:
                           "APT::Update::Error-Mode=any"], output.append)
     if status != 0:
         raise LabError(f"the package index for {' '.join(packages)} cannot be fetched",
-                       _apt_complaint(output) + "is there a network? With a kernel tree at hand: KERNEL_SRC=DIR")
+                       _apt_complaint(output) + "is there a network? With a kernel at hand: KERNEL_SRC")
     stamp.touch()
 
 
@@ -222,7 +237,7 @@ def _download(folder: Path, configuration: Path, packages: list[str], deps: bool
                              cwd=folder, preexec_fn=proc.die_with_parent)
     if listing.returncode != 0:
         raise LabError(f"no such package: {' '.join(packages)}", _apt_complaint(listing.stderr.splitlines())
-                       + "for the kernel's source, give a tree by hand: KERNEL_SRC=DIR")
+                       + "a kernel can be given by hand: KERNEL_SRC")
     # 'http://...' name_1.0_arm64.deb 1234 SHA256:...
     items = [shlex.split(line) for line in listing.stdout.splitlines() if line.startswith("'")]
     debs = {file.split("_", 1)[0]: folder / file for _, file, *_ in items}
@@ -232,7 +247,7 @@ def _download(folder: Path, configuration: Path, packages: list[str], deps: bool
     absent = [name for name, path in debs.items() if not path.exists()]
     if status != 0 or absent:
         raise LabError(f"downloading {' '.join(absent or packages)} failed", _apt_complaint(output)
-                       + "is there a network? With a kernel tree at hand: KERNEL_SRC=DIR")
+                       + "is there a network? With a kernel at hand: KERNEL_SRC")
     temporary = folder / (MANIFEST + ".tmp")
     temporary.write_text(json.dumps({name: path.name for name, path in debs.items()}, indent=1))
     os.rename(temporary, folder / MANIFEST)

@@ -1,105 +1,179 @@
-"""The base: the kernel tree that the series goes on top of.
+"""The kernel tree that the series goes on top of: where it comes from, and what has been unpacked.
 
-By default Debian's packaged source of the release that the series is written
-for, unpacked once into the cache. KERNEL_SRC=DIR or --kernel-src takes any
-other tree. series/base.json records a checksum of each upstream file that an
-owned file replaces, so that a base whose copy changed is named instead of
-silently overwritten.
+A base (lab/bases.py) is looked for in a chain of sources, and the first that has
+it wins: what is in the laboratory's cache, each of its Debian suites, the
+package cache of the machine's own apt. A version other than the recorded one is
+taken only if the series applies to it. KERNEL_SRC or --kernel-src names a kernel
+tree, a tarball or a package instead.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable
+from typing import Callable, Iterable, Iterator
 
-from lab import apt, host, lock, paths, proc, say
+from lab import apt, bases, host, lock, paths, proc, say, series
+from lab.bases import Base
 from lab.errors import LabError, UsageError
 
-PACKAGE = "linux-source-7.3"
-SUITE = "trixie-backports"
-FILES = 101000  # in the package, for a percentage while unpacking
-HISTORY = ("linux-source-5.10", "bullseye")  # a long-term kernel that relocates with the MMU off
+FILES = 101000  # in a kernel tree, for a percentage while unpacking
 ANY_BASE = "KEXEC_LAB_ANY_BASE"
+CHOSEN = "KEXEC_LAB_BASE"
+BY_HAND = "KERNEL_SRC"
+PACKED = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".deb")
+WAY_OUT = "give a kernel tree, a tarball of it or a linux-source package by hand: --kernel-src or KERNEL_SRC"
 
 
 @dataclass(frozen=True)
 class Source:
     """A kernel tree that is never written to.
 
-    `package` is None for a tree given by hand; `home` is where what belongs to
-    this base is cached, `key` names it in other folders' names.
+    `package` says what it was unpacked from, None for a tree given by hand;
+    `home` is where what belongs to this source is cached, `key` names it in
+    other folders' names.
     """
 
+    base: Base
     tree: Path
     version: str
     package: str | None
     key: str
     home: Path
 
+    def __str__(self) -> str:
+        return f"base {self.base.name}: {self.package or f'{self.tree}, {self.version}'}"
 
-def source(kernel_src: Path | None = None) -> Source:
-    """The base: `kernel_src`, else $KERNEL_SRC, else Debian's package.
 
-    Raises LabError when there is none to be had, UsageError when the given
-    folder is no kernel tree.
+@dataclass(frozen=True)
+class _Place:
+    """Where a package may be had: `get` returns it as a file, or raises LabError."""
+
+    name: str
+    get: Callable[[], Path]
+
+
+def source(given: Path | None = None, wanted: Base | None = None, root: Path = paths.ROOT) -> Source:
+    """The kernel tree to build on: `given` by hand or $KERNEL_SRC, else the base `wanted` or $KEXEC_LAB_BASE, else the default.
+
+    Where the default is not to be had, the next base with patches in the repository
+    at `root` is taken, and said so. Raises LabError when there is none, UsageError
+    when what was given is no kernel.
     """
-    given = kernel_src or (Path(os.environ["KERNEL_SRC"]) if os.environ.get("KERNEL_SRC") else None)
-    return _by_hand(given.resolve()) if given else _packaged(PACKAGE, SUITE)
+    if not wanted and os.environ.get(CHOSEN):
+        wanted = bases.find(os.environ[CHOSEN], root)
+    if not given and os.environ.get(BY_HAND):
+        given = Path(os.environ[BY_HAND])
+    if given:
+        return _by_hand(given.resolve(), wanted)
+    if wanted:
+        return _found(wanted, root)
+    candidates = [base for base in bases.load(root) if base.patches]
+    failures = []
+    for number, base in enumerate(candidates):
+        try:
+            return _found(base, root)
+        except LabError as error:
+            failures.append(error)
+            if number + 1 < len(candidates):
+                say.info(f"base {base.name} is not to be had: {error.message}; taking base {candidates[number + 1].name}")
+    raise failures[0]
 
 
-def history() -> Source:
-    """An old kernel to compare with, from Debian. Raises LabError when it is not to be had."""
-    return _packaged(*HISTORY)
+def _by_hand(path: Path, wanted: Base | None) -> Source:
+    if path.is_file() and path.name.endswith(PACKED):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        return _unpacked(path, path.name, f"file-{digest}", wanted)
+    if not (path / "Makefile").is_file() or not (path / "arch/arm64/Kconfig").is_file():
+        raise UsageError(f"{path} is no kernel tree", f"{BY_HAND} and --kernel-src take the top folder of one, or one "
+                         f"that is packed ({' '.join(PACKED)})")
+    if (path / ".config").exists() or (path / "include/config").exists():
+        raise LabError(f"{path} has been built in", "run 'make mrproper' in it, or give another tree")
+    key = "tree-" + hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    return Source(wanted or bases.of_version(version(path)), path, version(path), None, key, paths.CACHE / "base" / key)
 
 
-def _by_hand(tree: Path) -> Source:
-    if not (tree / "Makefile").is_file() or not (tree / "arch/arm64/Kconfig").is_file():
-        raise UsageError(f"{tree} is no kernel tree", "KERNEL_SRC and --kernel-src take the top folder of one")
-    if (tree / ".config").exists() or (tree / "include/config").exists():
-        raise LabError(f"{tree} has been built in", "run 'make mrproper' in it, or give another tree")
-    key = "tree-" + hashlib.sha256(str(tree).encode()).hexdigest()[:8]
-    return Source(tree, version(tree), None, key, paths.CACHE / "base" / key)
-
-
-def _packaged(package: str, suite: str) -> Source:
+def _found(base: Base, root: Path) -> Source:
+    """`base` from the first place that has it. Raises LabError naming each place, and what was wrong there."""
     host.require("base")
-    deb = apt.fetch([package], "arm64", suite)[package]
-    package_version = deb.name.split("_")[1]
-    key = re.sub(r"[^\w.-]", "_", package_version)
+    wrong: list[str] = []
+    for place in _places(base):
+        try:
+            deb = place.get()
+            package_version = _version_of(deb)
+            source = _unpacked(deb, f"{base.package} {package_version}", re.sub(r"[^\w.-]", "_", package_version), base)
+            if package_version != base.packaged and base.patches:
+                _check_applies(source, root)
+            return source
+        except LabError as error:
+            wrong.append(f"{place.name}: {error.message}")
+            say.info(f"   not from {wrong[-1]}")
+    raise LabError(f"{base.package} is not to be had", "\n  ".join([*wrong, WAY_OUT]))
+
+
+def _places(base: Base) -> Iterator[_Place]:
+    """The chain, what needs no network first."""
+    known = [suite for suite in base.suites if apt.known([base.package], "arm64", suite)]
+    for suite in (*known, *(suite for suite in base.suites if suite not in known)):
+        yield _Place(suite, lambda suite=suite: apt.fetch([base.package], "arm64", suite)[base.package])
+    debs = sorted(apt.machines_archive().glob(f"{base.package}_*_all.deb"), key=lambda deb: _version_of(deb) != base.packaged)
+    for deb in debs:
+        yield _Place(str(deb), lambda deb=deb: deb)
+
+
+def _version_of(deb: Path) -> str:
+    return deb.name.split("_")[1].replace("%3a", ":")
+
+
+def _check_applies(source: Source, root: Path) -> None:
+    """Raises LabError, naming patch and file, when the series does not apply to a version that it was not made for."""
+    try:
+        the_series = series.load(source.base, root)
+        check_originals(source, the_series.owned, root)
+        series.result(the_series, source.tree)
+    except LabError as error:
+        raise LabError(f"{source.package}: {error.message}", error.hint) from None
+
+
+def _unpacked(packed: Path, package: str, key: str, base: Base | None) -> Source:
+    """The tree in `packed`, unpacked into the cache when it is not there yet."""
     home = paths.CACHE / "base" / key
     tree = home / "tree"
     with lock.held(paths.CACHE / "lock", "the cache"):
         if not tree.exists():
+            host.require("base")
             host.check_disk(host.DISK_FRESH)
-            with say.phase(f"unpacking {package} {package_version}"):
-                with paths.whole(tree) as folder:
-                    _unpack(package, deb, folder)
-    return Source(tree, version(tree), f"{package} {package_version}", key, home)
+            with say.phase(f"unpacking {package}"), paths.whole(tree) as folder:
+                _unpack(packed, folder)
+    return Source(base or bases.of_version(version(tree)), tree, version(tree), package, key, home)
 
 
-def _unpack(package: str, deb: Path, folder: Path) -> None:
+def _unpack(packed: Path, folder: Path) -> None:
     folder.mkdir()
-    script = ('set -o pipefail; dpkg-deb --fsys-tarfile "$0" | tar -xO "$1" | xz -dT0 '
-              '| tar -xv --strip-components=1 -C "$2"')
-    member = f"./usr/src/{package}.tar.xz"
+    if packed.suffix == ".deb":
+        tarball = f"./usr/src/{packed.name.split('_')[0]}.tar.xz"
+        script = ('set -o pipefail; dpkg-deb --fsys-tarfile "$0" | tar -xO "$2" | xz -dT0 '
+                  '| tar -xv --strip-components=1 -C "$1"')
+    else:
+        tarball, script = "", 'tar -xvaf "$0" --strip-components=1 -C "$1"'
     count = 0
     other: list[str] = []
 
     def seen(line: str) -> None:
         nonlocal count
-        if line.startswith(package):
+        if "/" in line and not line.startswith("tar:"):
             count += 1
             say.progress(count, FILES, f"({count} files)")
         else:
             other.append(line)
 
-    if proc.stream(["bash", "-c", script, deb, member, folder], seen) != 0:
-        raise LabError(f"unpacking {deb.name} failed", "\n".join(other[-5:]))
+    if proc.stream(["bash", "-c", script, packed, folder, tarball], seen) != 0:
+        raise LabError(f"unpacking {packed.name} failed", "\n".join(other[-5:]))
+    if not (folder / "arch/arm64/Kconfig").is_file():
+        raise UsageError(f"{packed} holds no kernel tree", WAY_OUT)
 
 
 def version(tree: Path) -> str:
@@ -116,35 +190,27 @@ def _checksum(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-def record(base: Source, owned: Iterable[str], root: Path = paths.ROOT) -> Path:
-    """Write series/base.json for `base`, which `owned` files now agree with."""
-    sums = {name: _checksum(base.tree / name) for name in sorted(owned)}
-    target = root / "series" / "base.json"
-    target.write_text(json.dumps({"version": base.version, "package": base.package, "sha256": sums},
-                                 indent=2) + "\n")
-    return target
+def record(source: Source, owned: Iterable[str], root: Path = paths.ROOT) -> Path:
+    """Record the copies that `source` has of the `owned` files, which now agree with them, in series/bases.json."""
+    sums = {name: _checksum(source.tree / name) for name in sorted(owned)}
+    return bases.record(source.base.name, source.version, (source.package or "").rpartition(" ")[2],
+                        {name: checksum for name, checksum in sums.items() if checksum}, root)
 
 
-def check_originals(base: Source, owned: Iterable[str], root: Path = paths.ROOT) -> None:
-    """Compare the files that `owned` replaces with what series/base.json records.
+def check_originals(source: Source, owned: Iterable[str], root: Path = paths.ROOT) -> None:
+    """Compare the files that `owned` replaces with what is recorded of the base.
 
     Raises LabError naming each that differs, unless KEXEC_LAB_ANY_BASE=1: then
     they are only named.
     """
-    path = root / "series" / "base.json"
-    try:
-        recorded = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise LabError("series/base.json is missing", "'./kexec-lab series --record-base' writes it") from None
-    differing = [name for name in sorted(owned)
-                 if recorded["sha256"].get(name) != _checksum(base.tree / name)]
+    recorded = bases.find(source.base.name, root)
+    differing = [name for name in sorted(owned) if recorded.originals.get(name) != _checksum(source.tree / name)]
     if not differing:
         return
-    listing = "\n  ".join(differing)
-    message = (f"these files of the base ({base.version}) are not those that the series replaces "
-               f"(recorded from {recorded['version']}):\n  {listing}")
+    message = (f"these files of the base ({source.version}) are not those that the series replaces "
+               f"(recorded from {recorded.version}):\n  " + "\n  ".join(differing))
     if os.environ.get(ANY_BASE) == "1":
         say.info(message)
         return
-    raise LabError(message, "see what changed in them; --any-base (or KEXEC_LAB_ANY_BASE=1) builds all the "
+    raise LabError(message, f"see what changed in them; --any-base (or {ANY_BASE}=1) builds all the "
                    "same, './kexec-lab series --record-base' records them anew")

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterator
 
-from lab import base, build, cells, downtime, guest, host, lock, model, paths, plot, plugin, proc, qemu, say
+from lab import base, bases, build, cells, downtime, guest, host, lock, model, paths, plot, plugin, proc, qemu, say
 from lab.build import Built
 from lab.cells import Kernel
 from lab.downtime import Downtime
@@ -100,13 +100,16 @@ class Target:
         return self.ours >= self.limit if self.least else self.ours <= self.limit
 
 
+HISTORY = "5.10"  # a base that relocates with the MMU off
+
+
 def kernels(source: base.Source, history: bool) -> dict[str, Built]:
     """What is compared: this series and its base, and with `history` a kernel that relocates with the MMU off."""
     ours, theirs = Kernel(4, 48), Kernel(4, 48, patched=False)
     built = {OURS: build.build(ours, source), MAINLINE: build.build(theirs, source)}
     if history:
-        old = base.history()
-        built[f"v{old.version}"] = build.build(replace(theirs, flavour="v5.10"), old)
+        old = base.source(wanted=bases.find(HISTORY))
+        built[f"v{old.version}"] = build.build(theirs, old)
     return built
 
 
@@ -212,7 +215,7 @@ def main(args: argparse.Namespace) -> int:
     """Run all of it, print tables, leave out/bench.json and plots. Raises LabError."""
     host.require("base", "build", "boot", "plot")
     with lock.held(paths.OUT_LOCK, "this checkout's out/"):
-        source = base.source(args.kernel_src)
+        source = base.source()
         compared = kernels(source, args.history)
         archives = guest.build()
         with say.phase("counting relocations"):
@@ -226,7 +229,7 @@ def main(args: argparse.Namespace) -> int:
             down = list(downtime.measure_all(compared, archives))
         text = "\n\n".join([target_table(targets(counted, timed, down)), relocation_table(counted), load_table(timed),
                             downtime.table(down), model.table(counted)])
-        report = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "base": source.package or source.version,
+        report = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "base": str(source),
                   "relocation": [asdict(one) for one in counted], "load": [asdict(one) for one in timed],
                   "downtime": [asdict(one) for one in down]}
         paths.OUT.mkdir(exist_ok=True)

@@ -42,7 +42,7 @@ def build(kernel: Kernel, source: base.Source) -> Built:
             host.check_disk(host.DISK_MORE)
             host.check_memory()
         with say.phase(f"building kernel {kernel.name}"):
-            configure(kernel, srctree, objdir)
+            configure(kernel, srctree, objdir, overlay=source.base.config)
             make(srctree, objdir, ["Image"], kernel.by_clang)
     return find(kernel, source)
 
@@ -59,14 +59,16 @@ def object_folder(kernel: Kernel, source: base.Source) -> Path:
     return (tree.home(source) if kernel.patched else source.home) / "build" / kernel.name
 
 
-def configure(kernel: Kernel, srctree: Path, objdir: Path, later: Container[str] = ()) -> Path:
+def configure(kernel: Kernel, srctree: Path, objdir: Path, later: Container[str] = (), overlay: str = "") -> Path:
     """Configure `objdir` for `kernel`, without the options `later`, which `srctree` does not have yet.
+
+    `overlay` is the base's file in lab/config/, if it has one.
 
     Raises LabError naming options that were dropped.
     """
     objdir.mkdir(parents=True, exist_ok=True)
     return kconfig.configure(kernel, srctree, objdir,
-                             lambda arguments: make(srctree, objdir, arguments, kernel.by_clang), later)
+                             lambda arguments: make(srctree, objdir, arguments, kernel.by_clang), later, overlay)
 
 
 def environment() -> dict[str, str]:

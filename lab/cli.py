@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable, NoReturn
 
-from lab import base, build, cells, host, lock, mutants, paths, say, series, tree
+from lab import base, bases, branch, build, cells, host, lock, mutants, paths, say, series, tree
 from lab.errors import LabError, UsageError
 from lab.kdump import CRASHES
 from lab.mutants import MUTANTS
@@ -43,6 +43,7 @@ examples:
   ./kexec-lab check --all                  every cell: some hours of work
   ./kexec-lab shell                        a prompt in a guest with kexec-tools in it
   ./kexec-lab tree ~/linux-kexec           a patched kernel tree to build yourself
+  ./kexec-lab series --to ~/kexec-series   the series as a git branch; --from reads it back
   ./kexec-lab --dry-run run                what 'run' would do, without doing it
 """
 
@@ -123,10 +124,16 @@ def parser() -> argparse.ArgumentParser:
     export = add("tree", _tree, "write a whole patched kernel tree to a new folder")
     export.add_argument("dir", type=Path, metavar="DIR")
     _base_options(export)
-    regenerate = add("series", _series, "regenerate patches/ from series/ and the owned files")
-    regenerate.add_argument("--record-base", action="store_true",
-                            help="record the base's copies of the owned files in series/base.json first")
+    regenerate = add("series", _series, "regenerate patches/ from messages and owned files, or edit the series in git")
+    where = regenerate.add_mutually_exclusive_group()
+    where.add_argument("--to", type=Path, metavar="DIR",
+                       help="make, or update, a git repository with a commit per patch on branch 'series'")
+    where.add_argument("--from", type=Path, metavar="DIR", dest="from_",
+                       help="read that branch back: messages, order, owned files and patches/")
+    where.add_argument("--record-base", action="store_true",
+                       help="record the base's copies of the owned files in series/bases.json first")
     _base_options(regenerate)
+    add("bases", _bases, "list the bases: kernel releases that the series is for")
     add("cells", _cells, "list the cells: kernels, and machines to run them on")
     clean = add("clean", _clean, "remove what this checkout built")
     clean.add_argument("--all", action="store_true", help="the whole cache too: downloads, base, compiler results")
@@ -145,8 +152,9 @@ def _accel_option(command: argparse.ArgumentParser) -> None:
 
 
 def _base_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--kernel-src", type=Path, metavar="DIR",
-                         help="use this kernel tree as the base (also: KERNEL_SRC=DIR)")
+    command.add_argument("--base", metavar="NAME", help="the kernel release to build on (default: the first that 'bases' lists)")
+    command.add_argument("--kernel-src", type=Path, metavar="PATH",
+                         help=f"use this kernel tree, tarball of one or linux-source package (also: {base.BY_HAND}=PATH)")
     command.add_argument("--any-base", action="store_true",
                          help="accept a base whose copies of the owned files differ from the recorded ones")
 
@@ -194,7 +202,12 @@ def _validate(args: argparse.Namespace) -> None:
     if getattr(args, "any_base", False):
         os.environ[base.ANY_BASE] = "1"
     if getattr(args, "kernel_src", None):
-        os.environ["KERNEL_SRC"] = str(args.kernel_src.resolve())
+        os.environ[base.BY_HAND] = str(args.kernel_src.resolve())
+    if getattr(args, "base", None):
+        if not bases.find(args.base).patches:
+            raise UsageError(f"the series has no patches for base {args.base}",
+                             "it is there to be compared with: './kexec-lab bench --history'")
+        os.environ[base.CHOSEN] = args.base
     if getattr(args, "cell", None):
         cells.cell(args.cell)
     if getattr(args, "jobs", 1) < 1:
@@ -233,25 +246,43 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    built = build.build(args.kernel, base.source(args.kernel_src))
+    built = build.build(args.kernel, base.source())
     say.info(f"{built.image}")
     return 0
 
 
 def _tree(args: argparse.Namespace) -> int:
-    tree.export(base.source(args.kernel_src), args.dir)
+    tree.export(base.source(), args.dir)
     say.info(f"to build it: make -C {args.dir} ARCH=arm64 CROSS_COMPILE={host.CROSS_COMPILE} defconfig Image")
     return 0
 
 
 def _series(args: argparse.Namespace) -> int:
-    source = base.source(args.kernel_src)
-    the_series = series.load()
+    source = base.source()
+    the_series = series.load(source.base)
     if args.record_base:
         say.info(f"recorded {source.version} in {base.record(source, the_series.owned)}")
     base.check_originals(source, the_series.owned)
-    changed = series.write(series.generate(the_series, source.tree), paths.ROOT / "patches")
-    say.info("patches/: " + (", ".join(changed) if changed else "nothing changed"))
+    folder = source.base.patches
+    if args.to:
+        say.info(branch.to(the_series, source, args.to))
+    elif args.from_:
+        for line in branch.back(the_series, source, args.from_) or ["nothing changed"]:
+            say.info(line)
+    else:
+        changed = series.write(series.generate(the_series, source.tree), paths.ROOT / folder)
+        say.info(f"{folder}/: " + (", ".join(changed) if changed else "nothing changed"))
+    return 0
+
+
+def _bases(args: argparse.Namespace) -> int:
+    rows = [("BASE", "PACKAGE", "SUITES", "RECORDED FROM", "PATCHES", "LACKS")]
+    rows += [(one.name, one.package, " ".join(one.suites), one.packaged or "-",
+              f"{one.patches}/" if one.patches else "none, to compare with", " ".join(one.lacks) or "-")
+             for one in bases.load()]
+    print("\n".join(say.columns(rows)))
+    print(f"\nThe first is the default. A suite that has the package is taken in that order, then the package cache of "
+          "this machine's apt.\n" + "\n".join(f"{name}: {what}" for name, what in bases.FEATURES.items()))
     return 0
 
 
@@ -294,8 +325,9 @@ def _explain(args: argparse.Namespace) -> None:
     if missing:
         print(f"install: {' '.join(missing)}")
     if needs:
-        hand = os.environ.get("KERNEL_SRC")
-        print(f"base:    {hand or f'{base.PACKAGE} from {base.SUITE}, through apt, unpacked below {paths.CACHE}'}")
+        chosen = bases.find(os.environ[base.CHOSEN]) if os.environ.get(base.CHOSEN) else bases.default()
+        suites = f"{chosen.package} from the first of {', '.join(chosen.suites)}, through apt, unpacked below {paths.CACHE}"
+        print(f"base:    {os.environ.get(base.BY_HAND) or suites}")
     if args.command == "fuzz":
         kernel = cells.cell(args.cell).kernel.name
         print(f"build:   kernel {f'{kernel}-base' if args.mainline else kernel}, guest initramfs, inspector")
@@ -321,7 +353,7 @@ def _explain(args: argparse.Namespace) -> None:
     elif args.command == "tree":
         print(f"write:   {args.dir}")
     elif args.command == "series":
-        print(f"write:   {paths.ROOT / 'patches'}")
+        print(f"write:   {args.to or paths.ROOT / 'series'}{'' if args.to else ' and the patches'}")
     elif args.command == "clean":
         for folder in _cleaned(args):
             print(f"remove:  {folder}")

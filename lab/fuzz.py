@@ -406,7 +406,7 @@ def main(args: argparse.Namespace) -> int:
     seed = random.randrange(1 << 32) if args.seed is None else args.seed
     with lock.held(paths.OUT_LOCK, "this checkout's out/"):
         host.require("base", "build", "boot")
-        built = build.build(cell.kernel, base.source(args.kernel_src))
+        built = build.build(cell.kernel, base.source())
         with Arena(cell, built, guest.build()) as arena:
             if kept:
                 outcome = arena.run(kept)

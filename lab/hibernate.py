@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     """Hibernate and resume a guest some times; returns 0 if its memory was whole each time."""
     cell = machine_for(cells.cell(args.cell))
     host.require("base", "build", "boot")
-    built = build.build(cell.kernel, base.source(args.kernel_src))
+    built = build.build(cell.kernel, base.source())
     archives = guest.build()
     with lock.held(paths.OUT_LOCK, "this checkout's out/"), \
             machine(cell, built, archives, accel=args.accel, name=f"hibernate.{cell.name}") as m:

@@ -25,9 +25,11 @@ def parse(text: str) -> dict[str, str]:
     return options
 
 
-def wanted(kernel: Kernel) -> dict[str, str]:
-    """Every option that `kernel` asks for, with its value."""
+def wanted(kernel: Kernel, overlay: str = "") -> dict[str, str]:
+    """Every option that `kernel` asks for, with its value; `overlay` is the file in FOLDER for its base."""
     options = parse((FOLDER / "base.config").read_text())
+    if overlay:
+        options |= parse((FOLDER / overlay).read_text())
     if kernel.patched:
         options |= of_series()
     if kernel.flavour != "lab":
@@ -42,14 +44,15 @@ def of_series() -> dict[str, str]:
     return parse((FOLDER / "series.config").read_text())
 
 
-def configure(kernel: Kernel, tree: Path, objdir: Path, make: Make, later: Container[str] = ()) -> Path:
+def configure(kernel: Kernel, tree: Path, objdir: Path, make: Make, later: Container[str] = (),
+              overlay: str = "") -> Path:
     """Write the .config of `kernel` into `objdir` and return it; untouched when nothing changed.
 
     `make` runs make with the arguments it is given, for `tree` and `objdir`;
-    `later` are options that this tree, with a part of the series, does not have yet.
+    `later` are options that this tree, with a part of the series, does not have yet; for `overlay` see wanted().
     Raises LabError naming each option that the configuration dropped.
     """
-    options = {name: value for name, value in wanted(kernel).items() if name not in later}
+    options = {name: value for name, value in wanted(kernel, overlay).items() if name not in later}
     fragment = objdir / "lab.config"
     fragment.write_text("".join(f"CONFIG_{name}={value}\n" for name, value in options.items()))
     make(["allnoconfig", f"KCONFIG_ALLCONFIG={fragment}"])

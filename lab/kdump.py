@@ -165,7 +165,7 @@ def main(args: argparse.Namespace) -> int:
     """Crash a guest by each loader that was asked for; returns 0 if every dump was whole."""
     cell = machine_for(cells.cell(args.cell))
     host.require("base", "build", "boot")
-    built = build.build(cell.kernel, base.source(args.kernel_src))
+    built = build.build(cell.kernel, base.source())
     archives = guest.build()
     with lock.held(paths.OUT_LOCK, "this checkout's out/"):
         for loader in LOADERS if args.loader == "both" else (args.loader,):

@@ -24,7 +24,8 @@ def main(args: argparse.Namespace) -> int:
     with lock.held(paths.OUT_LOCK, "this checkout's out/"):
         _write(cell, None, [], ok=False)  # what an earlier run found is not true of this one
         host.require("base", "build", "boot")
-        source = base.source(args.kernel_src)
+        source = base.source()
+        say.info(str(source))
         built = build.build(cell.kernel, source)
         handovers: list[Handover] = []
         failure: LabError | None = None
@@ -73,8 +74,7 @@ def _phases(said: Timing | None) -> tuple[str, ...]:
 
 
 def _write(cell: cells.Cell, source: base.Source | None, handovers: list[Handover], ok: bool) -> None:
-    name = (source.package or f"{source.tree} {source.version}") if source else None
-    report = {"ok": ok, "cell": cell.name, "base": name, "handovers": [asdict(one) for one in handovers]}
+    report = {"ok": ok, "cell": cell.name, "base": str(source) if source else None, "handovers": [asdict(one) for one in handovers]}
     paths.OUT.mkdir(exist_ok=True)
     temporary = REPORT.with_suffix(".new")
     temporary.write_text(json.dumps(report, indent=2) + "\n")

@@ -12,7 +12,7 @@ def main(args: argparse.Namespace) -> int:
     """Open a prompt in a guest; returns QEMU's exit status."""
     cell = cells.cell(args.cell)
     host.require("base", "build", "boot")
-    built = build.build(cell.kernel, base.source(args.kernel_src))
+    built = build.build(cell.kernel, base.source())
     space = guest.build()
     boot = qemu.Boot(cell, built.image, space.initrd, built.image, space.next, args.accel)
     with lock.held(paths.OUT_LOCK, "this checkout's out/"):

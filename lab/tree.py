@@ -31,7 +31,7 @@ def patched(source: base.Source, root: Path = paths.ROOT, upto: int | None = Non
     Raises LabError when the base's originals differ from the recorded ones, or
     when a patch does not apply.
     """
-    the_series = series.load(root)
+    the_series = series.load(source.base, root)
     base.check_originals(source, the_series.owned, root)
     wanted = mutants.mutate(series.result(the_series, source.tree, upto))
     folder = home(source, variant)
@@ -53,7 +53,7 @@ def export(source: base.Source, target: Path, root: Path = paths.ROOT) -> None:
     """
     if target.exists():
         raise LabError(f"{target} exists", "name a folder that does not")
-    the_series = series.load(root)
+    the_series = series.load(source.base, root)
     base.check_originals(source, the_series.owned, root)
     wanted = series.result(the_series, source.tree)
     with say.phase(f"copying {source.version} to {target}"), paths.whole(target) as folder:
@@ -110,9 +110,9 @@ def _overlay(origin: Path, tree: Path, state_file: Path, wanted: dict[str, File 
     _record(state_file, before | wanted.keys())
     for path in before | wanted.keys():
         original = origin / path
-        file = wanted[path] if path in wanted else series.read(original) if original.is_file() else None
+        file = wanted[path] if path in wanted else series.read_if_there(original)
         target = tree / path
-        if (series.read(target) if target.is_file() else None) != file:
+        if series.read_if_there(target) != file:
             _replace(target, file)
     _record(state_file, set(wanted))
 

@@ -55,6 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cells(*cells): the cells that a test may run on")
+    config.addinivalue_line("markers", "needs(*features): of lab.bases.FEATURES, without which a test is left out")
     config.addinivalue_line("markers", "long: too long for a plain check, runs with --all")
     config.stash[HELD] = ExitStack()
     config.stash[SAID] = []
@@ -85,6 +86,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--all"):
         items[:] = [item for item in items if not item.get_closest_marker("long")]
+    items[:] = on_this_base(items)
     # Without cells in this run pytest leaves a parametrized test behind, to be skipped.
     items[:] = [item for item in items
                 if "cell" not in getattr(item, "fixturenames", ()) or isinstance(_cell(item), Cell)]
@@ -95,9 +97,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: not any(map(item.get_closest_marker, ("xdist_group", "long"))))
 
 
+def on_this_base(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The tests that need nothing which the base lacks."""
+    needs = [{feature for mark in item.iter_markers("needs") for feature in mark.args} for item in items]
+    lacks = set(base.source().base.lacks) if any(needs) else set()
+    return [item for item, features in zip(items, needs) if not features & lacks]
+
+
 def _group(item: pytest.Item) -> str:
     """What one process has to run because it shares a machine or a tree; '' for any process."""
-    if item.get_closest_marker("series") or item.get_closest_marker("lint"):
+    if "source" in getattr(item, "fixturenames", ()) and (item.get_closest_marker("series") or item.get_closest_marker("lint")):
         return "trees"
     cell = _cell(item)
     return f"faults.{cell.name}" if item.get_closest_marker("faults") and isinstance(cell, Cell) else ""
@@ -118,6 +127,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         host.require("boot")
         lab = config.stash[LAB] = Lab(config.getoption("--accel"), lambda text: _report(config, text))
         source = base.source()
+        say.info(str(source))
         for kernel in dict.fromkeys(cell.kernel for cell in wanted):
             lab.kernels[kernel] = make(kernel, source)
         lab.guest = guest.build(guest.PAYLOAD if config.getoption("--all") else SMALL)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 
+import conftest
 from lab import cells
 from lab.cells import A57, A72, CELLS, KERNELS, MAX, MAX_NOLPA2, VA_BITS, Cell, Kernel
 from lab.errors import UsageError
@@ -84,3 +86,14 @@ def test_an_unknown_name_is_answered_with_those_there_are() -> None:
     with pytest.raises(UsageError, match="no kernel is called '8k-va48'") as raised:
         cells.kernel("8k-va48")
     assert "64k-va52" in raised.value.hint
+
+
+@pytest.mark.parametrize("lacks, left", [((), True), (("cma-segments",), False), (("kho",), True)])
+def test_what_a_base_lacks_is_left_out(lacks: tuple[str, ...], left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conftest.base, "source", lambda: SimpleNamespace(base=SimpleNamespace(lacks=lacks)))
+
+    def item(*marks: pytest.MarkDecorator) -> SimpleNamespace:
+        return SimpleNamespace(iter_markers=lambda name: (one.mark for one in marks if one.name == name))
+
+    there = [item(), item(pytest.mark.needs("cma-segments")), item(pytest.mark.needs("liveupdate"), pytest.mark.cells())]
+    assert conftest.on_this_base(there) == (there if left else [there[0], there[2]])

@@ -38,6 +38,9 @@ def lab(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str
     (["nope"], "invalid choice: 'nope'", "'run', 'check', 'kdump'"),
     (["check", "--jobs", "0"], "--jobs 0 runs nothing", "one or more"),
     (["run", "--nope"], "unknown: --nope", "run --help"),
+    (["run", "--base", "7"], "no base is called '7'", "bases: 7.3"),
+    (["run", "--base", "5.10"], "no patches for base 5.10", "bench --history"),
+    (["series", "--to", "a", "--from", "b"], "not allowed with argument", "series --help"),
     (["--nope", "run"], "unknown: --nope", "--help"),
     (["build", "--kernel-src", "/nowhere"], "/nowhere is no kernel tree", "KERNEL_SRC"),
     (["tree"], "required: DIR", "--help")])
@@ -56,7 +59,7 @@ def test_help_names_the_two_commands(environment: dict[str, str], arguments: lis
     assert done.returncode == 0
     assert "./kexec-lab run  " in done.stdout and "./kexec-lab check  " in done.stdout
     for command in ("run", "check", "kdump", "hibernate", "mutants", "bench", "fuzz", "shell", "build", "tree",
-                    "series", "cells", "clean"):
+                    "series", "bases", "cells", "clean"):
         assert f"    {command} " in done.stdout
         assert lab(environment, command, "--help").returncode == 0
 

@@ -85,6 +85,7 @@ def test_refused_list(cell: Cell, lab: Lab) -> None:
         handover(stage.machine, "load-nocheck")
 
 
+@pytest.mark.needs("cma-segments")
 @pytest.mark.cells(CELLS["4k-va48-vhe-cma"])
 def test_refused_in_place(cell: Cell, lab: Lab) -> None:
     """The same for an image that kexec_file_load() put where it is executed."""

@@ -66,13 +66,12 @@ def broken(tmp_path: Path) -> Path:
 
 def touched(*suffixes: str) -> list[str]:
     """In-tree paths of the kernel files that the series touches and leaves behind."""
-    patches = series.load().patches
-    return sorted({path for patch in patches for path in patch.owned + patch.hooked if path.endswith(suffixes)})
+    return sorted(path for path in series.load().touched if path.endswith(suffixes))
 
 
 def append(root: Path, text: str) -> str:
     """Add `text` to an owned C file below `root`; returns its in-tree path."""
-    path = next(p for p in series.load(root).owned if p.startswith("arch/arm64/kernel/") and p.endswith(".c"))
+    path = next(p for p in series.load(root=root).owned if p.startswith("arch/arm64/kernel/") and p.endswith(".c"))
     with open(root / path, "a") as file:
         file.write(text)
     return path
@@ -110,7 +109,7 @@ def test_checkpatch(patched: Path) -> None:
 
 def test_checkpatch_finds_what_is_wrong(source: Source, patched: Path, broken: Path) -> None:
     append(broken, "int  bad_style( int a ){\n    return(a);\n}\n")
-    changed = series.write(series.generate(series.load(broken), source.tree), broken / "patches")
+    changed = series.write(series.generate(series.load(root=broken), source.tree), broken / "patches")
     bad = [broken / "patches" / name for name in changed if name.endswith(".patch")]
     good = [paths.ROOT / "patches" / mail.name for mail in bad]
     assert len(standing(checkpatch(patched, bad))) > len(standing(checkpatch(patched, good)))
@@ -122,7 +121,7 @@ def compile_all(source: Source, root: Path, files: list[str]) -> list[str]:
     """The lines with which W=1 and sparse complain about `files`, and everything else that stops make."""
     srctree = tree.patched(source, root, variant=VARIANT)
     objdir = tree.home(source, VARIANT) / "build" / KERNEL.name
-    build.configure(KERNEL, srctree, objdir)
+    build.configure(KERNEL, srctree, objdir, overlay=source.base.config)
     build.make(srctree, objdir, ["prepare"])
     objects = [re.sub(r"\.[cS]$", ".o", path) for path in files if path.endswith((".c", ".S"))]
     for stale in objects:

@@ -23,6 +23,7 @@ from lab.qemu import RAM_BASE
 from lab.stage import read_symbols
 
 pytestmark = pytest.mark.neighbours
+in_cma_segments = pytest.mark.needs("cma-segments")
 
 ALIGNMENT = 2 * MIB  # of an Image, whatever the page size (booting.rst)
 TEXT_OFFSET = 0x80000  # of every Image before v5.8
@@ -121,6 +122,7 @@ def has_room(m: Machine, size: int) -> bool:
 
 # Contiguous memory
 
+@in_cma_segments
 @pytest.mark.cells(*with_base(LARGE, CELLS["64k-va52-nvhe-cma"]))
 def test_aligned_in_cma(cell: Cell, machine: Machine) -> None:
     """All of an image fits, stays in place, and the kernel and the device tree are aligned."""
@@ -139,6 +141,7 @@ def test_aligned_in_cma(cell: Cell, machine: Machine) -> None:
         assert complained
 
 
+@in_cma_segments
 @pytest.mark.cells(*with_base(LOW))
 def test_limits_in_cma(cell: Cell, machine: Machine) -> None:
     """Nothing is placed below the kernel, whatever room CMA has there."""
@@ -151,6 +154,7 @@ def test_limits_in_cma(cell: Cell, machine: Machine) -> None:
     verify(machine, machine.exec(), since)
 
 
+@in_cma_segments
 @pytest.mark.cells(*with_base(SMALL))
 def test_cma_for_the_kernel_only(cell: Cell, machine: Machine) -> None:
     """A kernel that gets room in CMA, and an initrd that does not: tried again without, and nothing is lost."""
@@ -169,6 +173,7 @@ def test_cma_for_the_kernel_only(cell: Cell, machine: Machine) -> None:
     handover(machine, "file")
 
 
+@in_cma_segments
 @pytest.mark.cells(*with_base(LARGE))
 def test_refused_images_leave_cma(cell: Cell, machine: Machine) -> None:
     """A load that fails once it has memory gives that back."""
@@ -178,6 +183,7 @@ def test_refused_images_leave_cma(cell: Cell, machine: Machine) -> None:
     assert has_room(machine, PORTION) == cell.kernel.patched
 
 
+@in_cma_segments
 @pytest.mark.cells(*with_base(LARGE))
 def test_text_offset_leaves_cma(cell: Cell, machine: Machine) -> None:
     """What lies between the boundary and a kernel that has a text_offset is given back, too."""
@@ -188,6 +194,7 @@ def test_text_offset_leaves_cma(cell: Cell, machine: Machine) -> None:
     assert has_room(machine, PORTION) == cell.kernel.patched
 
 
+@in_cma_segments
 @pytest.mark.cells(*with_base(LARGE))
 def test_text_offset_in_cma(cell: Cell, machine: Machine) -> None:
     """An Image with a text_offset is where its entry is.
@@ -216,6 +223,7 @@ def test_text_offset_in_cma(cell: Cell, machine: Machine) -> None:
     assert "Booting Linux" not in machine.log()[since:]
 
 
+@in_cma_segments
 @pytest.mark.cells(*with_base(LARGE))
 def test_text_offset_that_wraps(cell: Cell, machine: Machine) -> None:
     """The size and the text_offset are a sum that fits, or an Image that is refused."""
@@ -223,6 +231,7 @@ def test_text_offset_that_wraps(cell: Cell, machine: Machine) -> None:
     assert answer == ("EINVAL" if cell.kernel.patched else "0")
 
 
+@in_cma_segments
 @pytest.mark.cells(*with_base(LARGE))
 def test_end_of_a_segment_in_cma(cell: Cell, machine: Machine, tmp_path: Path) -> None:
     """What the Image does not fill of the kernel's segment is zero, whatever CMA was used for before."""

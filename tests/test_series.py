@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import toy
 from lab import base, build, kconfig, paths, proc, series, tree
 from lab.base import Source
 from lab.cells import KERNELS
@@ -36,38 +37,49 @@ def copy_of_the_checkout(target: Path) -> Path:
 
 # The committed series
 
+def is_recorded(source: Source) -> bool:
+    """Is this the very version that the series was made on, or another of that release?"""
+    return source.version == source.base.version
+
+
 def test_patches_are_what_the_series_gives(source: Source) -> None:
-    series.check(source.tree)
+    series.check(series.load(source.base), source.tree, exact=is_recorded(source))
 
 
 def test_generating_twice_gives_the_same_bytes(source: Source) -> None:
-    the_series = series.load()
+    the_series = series.load(source.base)
     assert series.generate(the_series, source.tree) == series.generate(the_series, source.tree)
 
 
-def test_an_owned_file_edited_without_regenerating_is_found(source: Source, tmp_path: Path) -> None:
+def test_what_was_edited_without_regenerating_is_found(source: Source, tmp_path: Path) -> None:
     root = copy_of_the_checkout(tmp_path)
-    series.check(source.tree, root)
-    patch = next(p for p in series.load(root).patches if p.owned)
-    with open(root / patch.owned[0], "a") as file:
-        file.write("/* edited */\n")
-    with pytest.raises(LabError, match=f"stale: .*{patch.name}.patch"):
-        series.check(source.tree, root)
+    the_series = series.load(source.base, root)
+    patch = next(p for p in the_series.patches if "arch/arm64/kernel/relocate_kernel.S" in p.added + p.touched)
+    edited = root / "arch/arm64/kernel/relocate_kernel.S"
+    text = edited.read_text()
+    edited.write_text(text.replace("crc_line - fold the 64 bytes", "crc_line - fold 64 bytes"))
+    assert edited.read_text() != text
+    with pytest.raises(LabError, match="stale: .*verify-images.patch"):
+        series.check(series.load(source.base, root), source.tree, exact=False)
+    edited.write_text(text)
+    message = root / "series" / patch.name / "message"
+    message.write_text(message.read_text() + "\nOne more line.\n")
+    with pytest.raises(LabError, match=f"stale: {patch.name}.patch\n"):
+        series.check(series.load(source.base, root), source.tree, exact=False)
 
 
 def test_the_base_is_the_recorded_one(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(base.ANY_BASE, raising=False)
-    base.check_originals(source, series.load().owned)
+    base.check_originals(source, series.load(source.base).owned)
 
 
 @pytest.mark.timeout(1200)
 def test_git_am_applies_to_a_pristine_base(source: Source, tmp_path: Path, whole: bool) -> None:
-    the_series = series.load()
+    the_series = series.load(source.base)
     repository = tmp_path / "linux"
     if whole:
         proc.run(["cp", "-a", source.tree, repository])
-    touched = dict.fromkeys(path for patch in the_series.patches for path in patch.touched)
-    for path in touched:
+    for path in the_series.touched:
         if (source.tree / path).is_file() and not whole:
             (repository / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source.tree / path, repository / path)
@@ -75,7 +87,7 @@ def test_git_am_applies_to_a_pristine_base(source: Source, tmp_path: Path, whole
     proc.run([*git, "init", "-q"])
     proc.run([*git, "add", "--all", "--force"])
     proc.run([*git, "commit", "-q", "-m", "base"])
-    mails = sorted((paths.ROOT / "patches").glob("*.patch"))
+    mails = sorted((paths.ROOT / source.base.patches).glob("*.patch"))
     assert len(mails) == len(the_series.patches)
     output = proc.run([*git, "am", *mails]).stdout.decode()
     assert [line.removeprefix("Applying: ") for line in output.splitlines()] == [p.subject for p in the_series.patches]
@@ -108,14 +120,14 @@ def targets(patches: tuple[series.Patch, ...], srctree: Path) -> list[str]:
 def test_every_patch_builds_on_its_own(source: Source, request: pytest.FixtureRequest) -> None:
     """In order, in one tree. The last step is the kernel that every other test boots."""
     every = request.config.getoption("--all", default=False)
-    the_series = series.load()
+    the_series = series.load(source.base)
     objdir = tree.home(source, "-steps") / "build" / KERNEL.name
     try:
         for count, patch in enumerate(the_series.patches, 1):
             srctree = tree.patched(source, upto=count, variant="-steps")
             if count == 1 or any("Kconfig" in path for path in patch.touched):
                 later = kconfig.of_series().keys() - options_after(the_series, source, count)
-                build.configure(KERNEL, srctree, objdir, later)
+                build.configure(KERNEL, srctree, objdir, later, source.base.config)
             if every:
                 build.make(srctree, objdir, ["Image"])
             build.make(srctree, objdir, targets(the_series.patches, srctree))
@@ -128,12 +140,12 @@ def test_every_patch_builds_on_its_own(source: Source, request: pytest.FixtureRe
 @pytest.mark.timeout(900)
 def test_a_patch_that_does_not_build_is_found(source: Source, tmp_path: Path) -> None:
     root = copy_of_the_checkout(tmp_path)
-    path = next(p for p in series.load(root).owned if p.startswith("arch/arm64/kernel/") and p.endswith(".c"))
+    path = next(p for p in series.load(source.base, root).owned if p.startswith("arch/arm64/kernel/") and p.endswith(".c"))
     with open(root / path, "a") as file:
         file.write("int unfinished(void) { return nothing_like_it; }\n")
     objdir = tree.home(source, "-steps") / "build" / KERNEL.name
     srctree = tree.patched(source, root, variant="-steps")
-    build.configure(KERNEL, srctree, objdir)
+    build.configure(KERNEL, srctree, objdir, overlay=source.base.config)
     with pytest.raises(LabError, match="nothing_like_it"):
         build.make(srctree, objdir, [path.removesuffix(".c") + ".o"])
 
@@ -171,106 +183,142 @@ def test_messages_that_are_sent_back(subject: str, body: str) -> None:
 
 # A toy series on a toy base: what goes wrong is named
 
-HOOK = """\
---- a/arch/arm64/mm/Makefile
-+++ b/arch/arm64/mm/Makefile
-@@ -1,3 +1,4 @@
- one
-+inserted
- two
- three
-"""
-
-
 @pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Source, Path]:
+def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Source, Path]:
     """A base, and a checkout with two patches for it: a hook with a new file, then a replacement and a removal."""
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
-    top, root = tmp_path / "linux", tmp_path / "checkout"
-    for name, text in {
-            "linux/Makefile": "VERSION = 7\nPATCHLEVEL = 3\nSUBLEVEL = 4\nEXTRAVERSION =\n",
-            "linux/arch/arm64/Kconfig": "", "linux/arch/arm64/mm/Makefile": "one\ntwo\nthree\n",
-            "linux/arch/arm64/mm/old.c": "old\n" * 30, "linux/arch/arm64/mm/gone.c": "gone\n",
-            "checkout/series/cover-letter": "arm64: A toy\n\nWhy.\n",
-            "checkout/series/0001-hook/message": "arm64: mm: Hook in\n\nBecause.\n",
-            "checkout/series/0001-hook/owned": "arch/arm64/mm/new.c\n",
-            "checkout/series/0001-hook/hooks.patch": HOOK,
-            "checkout/series/0002-replace/message": "arm64: mm: Replace\n\nBecause.\n",
-            "checkout/series/0002-replace/owned": "arch/arm64/mm/old.c\n- arch/arm64/mm/gone.c\n",
-            "checkout/arch/arm64/mm/new.c": "new\n", "checkout/arch/arm64/mm/old.c": "rewritten\n" * 20}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    source = base.source(top)
-    base.record(source, series.load(root).owned, root)
-    return source, root
+    root = tmp_path / "checkout"
+    return toy.make(tmp_path / "linux", root), root
 
 
-def test_toy_patches(toy: tuple[Source, Path]) -> None:
-    source, root = toy
-    files = series.generate(series.load(root), source.tree)
+def load(root: Path) -> series.Series:
+    return series.load(root=root)
+
+
+def test_toy_patches(toys: tuple[Source, Path]) -> None:
+    source, root = toys
+    files = series.generate(load(root), source.tree)
     assert list(files) == ["0001-hook.patch", "0002-replace.patch", series.COVER_LETTER]
     first = files["0001-hook.patch"].decode()
     assert first.startswith("From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001\nFrom: Patch Series")
     assert "Subject: [PATCH 1/2] arm64: mm: Hook in\n\nBecause.\n---\n" in first
-    assert " 2 files changed, 2 insertions(+)\n" in first
+    assert " 2 files changed, 13 insertions(+)\n" in first
     second = files["0002-replace.patch"].decode()
     assert "-old\n" * 30 + "+rewritten\n" * 20 in second
     assert "deleted file mode 100644" in second
     assert "[PATCH 0/2] arm64: A toy" in files[series.COVER_LETTER].decode()
-    assert series.write(files, root / "patches") == sorted(files)
     assert series.write(files, root / "patches") == []
     (root / "patches/0003-stray.patch").write_text("")
     with pytest.raises(LabError, match="stale: 0003-stray.patch"):
-        series.check(source.tree, root)
+        series.check(load(root), source.tree)
+    assert series.write(files, root / "patches") == ["0003-stray.patch"]
+    series.check(load(root), source.tree)
 
 
-def test_a_hook_that_does_not_apply_is_named_with_its_file(toy: tuple[Source, Path]) -> None:
-    source, root = toy
-    (source.tree / "arch/arm64/mm/Makefile").write_text("one\nfuzz\ntwo\nthree\n")
-    with pytest.raises(LabError, match="series/0001-hook/hooks.patch does not apply to arch/arm64/mm/Makefile"):
-        series.result(series.load(root), source.tree)
-    (source.tree / "arch/arm64/mm/Makefile").unlink()
-    with pytest.raises(LabError, match="0001-hook/hooks.patch does not apply to arch/arm64/mm/Makefile"):
-        series.result(series.load(root), source.tree)
+def test_what_is_owned_and_what_is_hooked(toys: tuple[Source, Path]) -> None:
+    the_series = load(toys[1])
+    assert the_series.owned == [toy.NEW, toy.GONE, toy.OLD] and the_series.hooked == [toy.HOOKED]
+
+
+def test_a_patch_that_does_not_apply_is_named_with_its_file(toys: tuple[Source, Path]) -> None:
+    source, root = toys
+    (source.tree / toy.HOOKED).write_text(toy.ABOVE + "one\nfuzz\ntwo\nthree\n")
+    with pytest.raises(LabError, match="patches/0001-hook.patch does not apply to arch/arm64/mm/Makefile"):
+        series.result(load(root), source.tree)
+    (source.tree / toy.HOOKED).unlink()
+    with pytest.raises(LabError, match="0001-hook.patch does not apply to arch/arm64/mm/Makefile"):
+        series.result(load(root), source.tree)
+
+
+def test_an_update_of_the_base_may_move_lines(toys: tuple[Source, Path]) -> None:
+    """What stands around a change may be elsewhere, and nothing else may differ."""
+    source, root = toys
+    (source.tree / toy.HOOKED).write_text("zero\n" + toy.BASE[toy.HOOKED])
+    series.check(load(root), source.tree, exact=False)
+    with pytest.raises(LabError, match="stale: 0001-hook.patch"):
+        series.check(load(root), source.tree)
+    (root / toy.NEW).write_text("other\n")
+    with pytest.raises(LabError, match="stale: .*0001-hook.patch"):
+        series.check(load(root), source.tree, exact=False)
 
 
 @pytest.mark.parametrize("breakage, complaint", [
-    (lambda root: (root / "series/0002-replace/owned").write_text("arch/arm64/mm/new.c\narch/arm64/mm/old.c\n"),
-     "new.c is listed by 0001-hook and by 0002-replace"),
-    (lambda root: (root / "arch/arm64/mm/new.c").unlink(), "0001-hook/owned lists arch/arm64/mm/new.c, which is not"),
+    (lambda root: (root / toy.NEW).unlink(), "patches/0001-hook.patch lands arch/arm64/mm/new.c, which is not in"),
     (lambda root: (root / "arch/arm64/mm/stray.c").write_text(""), "stray.c is in the repository, but no patch"),
     (lambda root: (root / "series/0001-hook/message").unlink(), "0001-hook/message is missing"),
     (lambda root: (root / "series/0001-hook/message").write_text("a\nb\n"), "subject and a blank line"),
-    (lambda root: (root / "series/0002-replace/owned").unlink(), "0002-replace changes nothing")])
-def test_an_incomplete_series_is_refused(toy: tuple[Source, Path], breakage: object, complaint: str) -> None:
-    _, root = toy
+    (lambda root: (root / "patches/0002-replace.patch").unlink(), "0002-replace has 0 patches called *-replace.patch"),
+    (lambda root: (root / "patches/0002-replace.patch").write_text("text\n"), "0002-replace.patch changes nothing")])
+def test_an_incomplete_series_is_refused(toys: tuple[Source, Path], breakage: object, complaint: str) -> None:
+    _, root = toys
     breakage(root)  # type: ignore[operator]
     with pytest.raises(LabError, match=re.escape(complaint)):
-        series.load(root)
+        load(root)
 
 
-LATER = """\
---- a/arch/arm64/mm/new.c
-+++ b/arch/arm64/mm/new.c
-@@ -1 +1,2 @@
- new
-+later
-"""
+# Edits of owned files
+
+BETWEEN = {toy.NEW: "\n".join([*toy.LINES[:5], "of the third", *toy.LINES[5:11], "changed by the third"]) + "\n"}
 
 
-def test_an_owned_file_lands_without_the_hunks_of_later_patches(toy: tuple[Source, Path]) -> None:
-    source, root = toy
-    (root / "series/0002-replace/hooks.patch").write_text(LATER)
-    (root / "arch/arm64/mm/new.c").write_text("new\nlater\n")
-    files = series.generate(series.load(root), source.tree)
-    assert "+new\n" in files["0001-hook.patch"].decode() and "later" not in files["0001-hook.patch"].decode()
-    assert " new\n+later\n" in files["0002-replace.patch"].decode()
-    last = series.result(series.load(root), source.tree)["arch/arm64/mm/new.c"]
-    assert last == series.read(root / "arch/arm64/mm/new.c")
+@pytest.fixture
+def three(tmp_path: Path) -> tuple[Source, Path]:
+    """The toys with a third patch, which changes the file that the first one adds."""
+    root = tmp_path / "checkout"
+    return toy.make(tmp_path / "linux", root, (*toy.STEPS, ("0003-later", "arm64: mm: Go on\n\nBecause.\n", BETWEEN))), root
 
-    (root / "arch/arm64/mm/new.c").write_text("new\nsomething else\n")
-    with pytest.raises(LabError, match="0002-replace/hooks.patch does not apply to arch/arm64/mm/new.c"):
-        series.generate(series.load(root), source.tree)
+
+def changed(source: Source, root: Path, name: str) -> list[str]:
+    """The lines that a patch, as it would be generated, adds to or takes from the file that was edited."""
+    mail = series.generate(load(root), source.tree)[name].decode()
+    part = mail[mail.index(f"diff --git a/{toy.NEW}"):] if f"diff --git a/{toy.NEW}" in mail else ""
+    return [line for line in part.splitlines() if re.match(r"[+-](?![+-])", line)]
+
+
+def test_an_edit_goes_to_the_patch_that_its_lines_are_from(three: tuple[Source, Path]) -> None:
+    source, root = three
+    file = root / toy.NEW
+    file.write_text(file.read_text().replace("line 2\n", "line two\n").replace("of the third", "of the last"))
+    added = [f"+{line}" for line in toy.LINES]
+    assert changed(source, root, "0001-hook.patch") == [*added[:2], "+line two", *added[3:]]
+    assert changed(source, root, "0003-later.patch") == ["+of the last", "-line 11", "+changed by the third"]
+    assert series.write(series.generate(load(root), source.tree), root / "patches") == [
+        "0000-cover-letter.txt", "0001-hook.patch", "0003-later.patch"][-2:]
+    series.check(load(root), source.tree)
+    assert series.result(load(root), source.tree)[toy.NEW] == series.read(file)
+
+
+@pytest.mark.parametrize("old, new, patch", [
+    ("line 0\n", "first\nline 0\n", "0001-hook.patch"), ("line 7\n", "", "0001-hook.patch"),
+    ("of the third\n", "of the third\nand more\n", "0003-later.patch"), ("changed by the third\n", "", "0003-later.patch"),
+    ("line 4\nof the third\n", "both\n", "0003-later.patch")])
+def test_an_edit_anywhere(three: tuple[Source, Path], old: str, new: str, patch: str) -> None:
+    source, root = three
+    file = root / toy.NEW
+    file.write_text(file.read_text().replace(old, new))
+    names = series.stale(series.generate(load(root), source.tree), root / "patches")
+    assert patch in names and "0002-replace.patch" not in names
+    series.write(series.generate(load(root), source.tree), root / "patches")
+    series.check(load(root), source.tree)
+    assert series.result(load(root), source.tree)[toy.NEW] == series.read(file)
+
+
+def test_an_edit_of_the_mode(three: tuple[Source, Path]) -> None:
+    source, root = three
+    (root / toy.NEW).chmod(0o755)
+    series.write(series.generate(load(root), source.tree), root / "patches")
+    assert series.result(load(root), source.tree, 3)[toy.NEW] == series.read(root / toy.NEW)
+
+
+def test_an_edit_that_conflicts_is_told(three: tuple[Source, Path]) -> None:
+    """A line of the first patch beside one that the third adds: where one ends and the other begins, git cannot tell."""
+    source, root = three
+    file = root / toy.NEW
+    file.write_text(file.read_text().replace("line 4\n", "line four\n"))
+    with pytest.raises(LabError, match=f"{toy.NEW} can't be folded into 0001-hook: later patches") as raised:
+        series.generate(load(root), source.tree)
+    assert "series --to DIR" in raised.value.hint
+    assert series.result(load(root), source.tree)[toy.NEW] == series.read(file)  # it can be built and tried all the same
 
 
 # The cached tree
@@ -279,12 +327,12 @@ def times(top: Path) -> dict[str, int]:
     return {str(p.relative_to(top)): p.stat().st_mtime_ns for p in top.rglob("*") if p.is_file()}
 
 
-def test_only_what_changed_is_rewritten_and_never_the_base(toy: tuple[Source, Path]) -> None:
-    source, root = toy
+def test_only_what_changed_is_rewritten_and_never_the_base(toys: tuple[Source, Path]) -> None:
+    source, root = toys
     pristine = {path: path.read_bytes() for path in source.tree.rglob("*") if path.is_file()}
     patched = tree.patched(source, root)
     mm = patched / "arch/arm64/mm"
-    assert mm.joinpath("Makefile").read_text() == "one\ninserted\ntwo\nthree\n"
+    assert mm.joinpath("Makefile").read_text() == toy.FIRST[toy.HOOKED]
     assert mm.joinpath("old.c").read_text() == "rewritten\n" * 20
     assert not mm.joinpath("gone.c").exists()
     before = times(patched)
@@ -302,8 +350,8 @@ def test_only_what_changed_is_rewritten_and_never_the_base(toy: tuple[Source, Pa
     assert {path: path.read_bytes() for path in source.tree.rglob("*") if path.is_file()} == pristine
 
 
-def test_changes_in_a_tree_given_by_hand_are_followed(toy: tuple[Source, Path]) -> None:
-    source, root = toy
+def test_changes_in_a_tree_given_by_hand_are_followed(toys: tuple[Source, Path]) -> None:
+    source, root = toys
     patched = tree.patched(source, root)
     extra = source.tree / "arch/arm64/mm/extra.c"
     extra.write_text("1\n")
@@ -312,19 +360,19 @@ def test_changes_in_a_tree_given_by_hand_are_followed(toy: tuple[Source, Path]) 
     extra.unlink()
     tree.patched(source, root)
     assert not (patched / "arch/arm64/mm/extra.c").exists()
-    assert (patched / "arch/arm64/mm/new.c").read_text() == "new\n"
+    assert (patched / "arch/arm64/mm/new.c").read_text() == toy.FIRST[toy.NEW]
 
 
-def test_another_base_is_refused_before_anything_is_laid_out(toy: tuple[Source, Path]) -> None:
-    source, root = toy
+def test_another_base_is_refused_before_anything_is_laid_out(toys: tuple[Source, Path]) -> None:
+    source, root = toys
     (source.tree / "arch/arm64/mm/old.c").write_text("upstream changed it\n")
     with pytest.raises(LabError, match="arch/arm64/mm/old.c"):
         tree.patched(source, root)
     assert not tree.home(source).exists()
 
 
-def test_export(toy: tuple[Source, Path], tmp_path: Path) -> None:
-    source, root = toy
+def test_export(toys: tuple[Source, Path], tmp_path: Path) -> None:
+    source, root = toys
     target = tmp_path / "exported"
     tree.export(source, target, root)
     assert (target / "arch/arm64/mm/old.c").read_text() == "rewritten\n" * 20

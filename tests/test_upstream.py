@@ -16,7 +16,8 @@ CASES = {"kho": ("kho",)} | {name: ("liveupdate", "-T", name) for name in (
 @pytest.mark.timeout(7200)
 @pytest.mark.xdist_group("upstream")  # which shares a folder per suite
 @pytest.mark.parametrize("virtualization", (False, True), ids=("el1", "el2"))
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.needs("kho" if name == "kho" else "liveupdate"))
+                                  for name in CASES])
 def test_same_as_mainline(name: str, virtualization: bool, source: Source) -> None:
     """Also at EL2, where upstream never runs them."""
     suite, *arguments = CASES[name]
