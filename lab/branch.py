@@ -1,7 +1,8 @@
 """The series as a git branch: written to a repository, edited there, and read back.
 
 The repository has the base as one commit, tagged "base", and each patch as one
-commit on the branch "series". SHARED is what the branch and the checkout had in
+commit on the branch "series"; an empty commit, as b4 makes one for the cover letter,
+begins each group. SHARED is what the branch and the checkout had in
 common last. Where both have changed since, the branch "series-now" is the series
 as the checkout has it, and a person brings the two together.
 """
@@ -10,14 +11,14 @@ from __future__ import annotations
 
 import difflib
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Mapping, Sequence
 
 from lab import paths, proc, say, series
 from lab.base import Source
 from lab.errors import LabError
-from lab.series import File, Patch, Series
+from lab.series import File, Group, Patch, Series
 
 BASE = "base"
 BRANCH = "series"
@@ -95,10 +96,11 @@ def back(the_series: Series, source: Source, folder: Path) -> list[str]:
         return []
     read = [_read(repository, commit) for commit in _commits(repository)]
     the_series = _regenerated(the_series, source)  # edits in the checkout are no changes of the branch
-    patches = _named(read, the_series)
+    groups = _named(read, the_series)
+    patches = [patch for group in groups for patch in group.patches]
     final = _final(repository, the_series, patches)
-    changes = _changes(the_series, patches, final)
-    _write(the_series, patches, final)
+    changes = _changes(the_series, groups, final)
+    _write(the_series, groups, final)
     tip = _commit_all(repository, _regenerated(series.load(the_series.base, the_series.root), source), source)
     assert repository.ref(f"{tip}^{{tree}}") == repository.ref(f"{there}^{{tree}}")
     repository.git("reset", "-q", "--soft", tip)
@@ -108,7 +110,7 @@ def back(the_series: Series, source: Source, folder: Path) -> list[str]:
 
 def _regenerated(the_series: Series, source: Source) -> Series:
     """Bring the patches' folder up to date, and load the series again."""
-    series.write(series.generate(the_series, source.tree), the_series.root / the_series.base.patches)
+    series.write(series.generate(the_series, source.tree), the_series.mails)
     return series.load(the_series.base, the_series.root)
 
 
@@ -169,9 +171,16 @@ def _commit_all(repository: _Repository, the_series: Series, source: Source) -> 
         repository.git("fetch", "-q", "--no-tags", str(scratch), "folded")
     stream = f"reset {NEW}\nfrom {repository.ref(f'refs/tags/{BASE}')}\n\n"
     when = f"{series.DATE.timestamp():.0f} +0000"
+
+    def commit(author: str, text: str) -> str:
+        return (f"commit {NEW}\nauthor {author} {when}\ncommitter {series.IDENTITY} {when}\n"
+                f"data {len(text.encode())}\n{text}\n")
+
+    first = {group.patches[0].name: group for group in the_series.groups}
     for patch, before, after in zip(the_series.patches, commits, commits[1:]):
-        stream += (f"commit {NEW}\nauthor {patch.author} {when}\ncommitter {series.IDENTITY} {when}\n"
-                   f"data {len(patch.text.encode())}\n{patch.text}\n")
+        if patch.name in first:
+            stream += commit(series.IDENTITY, first[patch.name].message + "\n")
+        stream += commit(patch.author, patch.text)
         # :100644 100644 <blob before> <blob after> M<tab>path
         for line in repository.text("diff-tree", "-r", "--no-renames", before, after).splitlines():
             _, mode, _, blob, _, path = line.split(maxsplit=5)
@@ -199,40 +208,62 @@ def _commits(repository: _Repository) -> list[str]:
 
 
 def _read(repository: _Repository, commit: str) -> Patch:
-    """A commit as a patch, without a name."""
+    """A commit as a patch, without a name; without a diff it is a cover letter."""
     author, message = repository.text("log", "-1", "--format=%an <%ae>%n%B", commit).split("\n", 1)
     subject, body = series.split_message(message, f"the message of {commit[:12]}")
     if author != series.IDENTITY:
         body = f"From: {author}\n\n{body}"
     diff = repository.git(*series.DIFF, "--patch", f"{commit}^", commit).partition(b"\ndiff --git ")[2]
-    if not diff:
-        raise LabError(f"{commit[:12]} ('{subject}') changes nothing", "drop it, or give it a change")
-    return Patch("", subject, body, b"diff --git " + diff)
+    return Patch("", subject, body, b"diff --git " + diff if diff else b"")
 
 
-def _named(patches: Sequence[Patch], old: Series) -> list[Patch]:
-    """The patches with names: of the old one with that subject, or else with that diff, or else made of the subject."""
-    slugs = {index: _slug(one) for index, patch in enumerate(patches) for one in old.patches
-             if one.subject == patch.subject}
-    for index, patch in enumerate(patches):
-        for one in old.patches:
-            if index not in slugs and _slug(one) not in slugs.values() and \
-                    (one.diff == patch.diff or len(patches) == len(old.patches) and old.patches[index] == one
-                     and one.touched == patch.touched):
-                slugs[index] = _slug(one)
-    taken: set[str] = set()
-    named = []
-    for index, patch in enumerate(patches):
-        slug = slugs.get(index) or _slug_of(patch.subject)
-        while slug in taken:
-            slug += "-again"
-        taken.add(slug)
-        named.append(Patch(f"{index + 1:04d}-{slug}", patch.subject, patch.body, patch.diff))
-    return named
+def _named(read: Sequence[Patch], old: Series) -> list[Group]:
+    """What was read as groups, with names: of the old ones with that subject, or else that diff, or else made of the subject.
+
+    Raises LabError when a patch belongs to no group, or a group has none.
+    """
+    patches = [patch for patch in read if patch.diff]
+    slugs = _match([(patch.subject, patch.diff, patch.touched) for patch in patches],
+                   [(one.slug, one.subject, one.diff, one.touched) for one in old.patches])
+    covers = [patch for patch in read if not patch.diff]
+    names = _match([(cover.subject, b"", ()) for cover in covers],
+                   [(group.name.partition("-")[2], group.subject, b"", ()) for group in old.groups])
+    groups: list[Group] = []
+    for patch in read:
+        if not patch.diff:
+            body = patch.body.removeprefix(f"From: {patch.author}\n\n")
+            groups.append(Group(f"{len(groups) + 1}-{names.pop(0)}", patch.subject, body, ()))
+            continue
+        if not groups:
+            raise LabError(f"'{patch.subject}' stands in front of all cover letters",
+                           "each group begins with an empty commit whose message is its cover letter")
+        group = groups[-1]
+        name = f"{group.name}/{len(group.patches) + 1:04d}-{slugs.pop(0)}"
+        groups[-1] = replace(group, patches=(*group.patches, replace(patch, name=name)))
+    for group in groups:
+        if not group.patches:
+            raise LabError(f"'{group.subject}' is an empty commit without patches behind it",
+                           "an empty commit is the cover letter of a group; drop it, or give it a change or patches")
+    return groups
 
 
-def _slug(patch: Patch) -> str:
-    return patch.name.partition("-")[2]
+def _match(new: Sequence[tuple[str, bytes, tuple[str, ...]]],
+           old: Sequence[tuple[str, str, bytes, tuple[str, ...]]]) -> list[str]:
+    """A name for each of `new`: that of the one of `old` which it is, or one made of its subject."""
+    names: list[str] = [""] * len(new)
+    for same in (lambda one, index: one[1] == new[index][0],
+                 lambda one, index: one[2:] == new[index][1:],
+                 lambda one, index: len(old) == len(new) and old[index] is one and one[3] == new[index][2]):
+        for index in range(len(new)):
+            for one in old:
+                if not names[index] and one[0] not in names and same(one, index):
+                    names[index] = one[0]
+    for index, (subject, *_) in enumerate(new):
+        name = names[index] or _slug_of(subject)
+        while name in names[:index] or (not names[index] and name in names):
+            name += "-again"
+        names[index] = name
+    return names
 
 
 def _slug_of(subject: str) -> str:
@@ -253,19 +284,23 @@ def _final(repository: _Repository, old: Series, patches: Sequence[Patch]) -> di
     return final
 
 
-def _changes(old: Series, patches: Sequence[Patch], final: Mapping[str, File | None]) -> list[str]:
-    """What is different, a line for each patch and file."""
-    lines = []
-    before = {_slug(patch): patch for patch in old.patches}
-    order, now = list(before), [_slug(patch) for patch in patches if _slug(patch) in before]
+def _changes(old: Series, groups: Sequence[Group], final: Mapping[str, File | None]) -> list[str]:
+    """What is different, a line for each group, patch and file."""
+    letters = {group.name: group.message for group in old.groups}
+    lines = [f"{group.name}: {'cover letter reworded' if group.name in letters else 'new'}" for group in groups
+             if letters.get(group.name) != group.message]
+    lines += [f"{name}: gone" for name in letters if name not in {group.name for group in groups}]
+    patches = [patch for group in groups for patch in group.patches]
+    before = {patch.slug: patch for patch in old.patches}
+    order, now = list(before), [patch.slug for patch in patches if patch.slug in before]
     blocks = difflib.SequenceMatcher(None, order, now, autojunk=False).get_matching_blocks()
     stayed = {slug for block in blocks for slug in order[block.a:block.a + block.size]}
     for patch in patches:
-        one = before.pop(_slug(patch), None)
+        one = before.pop(patch.slug, None)
         what = ["new"] if one is None else [
             *(["reworded"] if one.message != patch.message else []),
             *(["changed"] if _lines(one.diff) != _lines(patch.diff) else []),
-            *([f"moved, was {one.name[:4]}"] if _slug(patch) not in stayed else [])]
+            *([f"moved, was {one.name}"] if patch.slug not in stayed or _group(one) != _group(patch) else [])]
         if what:
             lines.append(f"{patch.name}: {', '.join(what)}")
     lines += [f"{patch.name}: gone" for patch in before.values()]
@@ -276,28 +311,33 @@ def _changes(old: Series, patches: Sequence[Patch], final: Mapping[str, File | N
     return lines
 
 
+def _group(patch: Patch) -> str:
+    return patch.name.partition("/")[0].partition("-")[2]
+
+
 def _lines(diff: bytes) -> list[bytes]:
     """What a diff adds and takes away, wherever that stands."""
     return [line for line in diff.split(b"\n") if line.startswith((b"+", b"-"))]
 
 
-def _write(old: Series, patches: Sequence[Patch], final: Mapping[str, File | None]) -> None:
+def _write(old: Series, groups: Sequence[Group], final: Mapping[str, File | None]) -> None:
     """Replace messages, patches and owned files in the repository of the series."""
-    for patch in old.patches:
-        shutil.rmtree(old.root / "series" / patch.name)
-    mails = old.root / old.base.patches
-    for path in mails.glob("*.patch"):
-        path.unlink()
-    for patch in patches:
-        folder = old.root / "series" / patch.name
-        folder.mkdir()
-        (folder / "message").write_text(patch.message + "\n")
-        (mails / f"{patch.name}.patch").write_bytes(b"\n" + patch.diff)
+    for group in old.groups:
+        shutil.rmtree(old.root / "series" / group.name)
+        shutil.rmtree(old.mails / group.name)
+    for group in groups:
+        _put(old.root / "series" / group.name / "cover-letter", File(f"{group.message}\n".encode()))
+        for patch in group.patches:
+            _put(old.root / "series" / patch.name / "message", File(f"{patch.message}\n".encode()))
+            _put(old.mails / f"{patch.name}.patch", File(b"\n" + patch.diff))
     for path, file in final.items():
-        target = old.root / path
-        if file is None:
-            target.unlink(missing_ok=True)
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(file.content)
-        target.chmod(0o755 if file.executable else 0o644)
+        _put(old.root / path, file)
+
+
+def _put(target: Path, file: File | None) -> None:
+    if file is None:
+        target.unlink(missing_ok=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(file.content)
+    target.chmod(0o755 if file.executable else 0o644)

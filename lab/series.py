@@ -1,11 +1,12 @@
 """The series: what is mailed, in order, and the owned files as it leaves them.
 
-    series/cover-letter         subject, blank line, text
-    series/0001-slug/message    subject, blank line, text
-    patches/0001-slug.patch     the mail of that patch, and the one place where its diff is
+    series/1-group/cover-letter         subject ("[RFC] " in front of it marks one), blank line, text
+    series/1-group/0001-slug/message    subject, blank line, text
+    patches/1-group/0001-slug.patch     the mail of that patch, and the one place where its diff is
 
+A group is what is mailed at once, to the same people.
 Owned files stand whole at their in-tree paths in the repository, as the last
-patch leaves them. What a person edits there is folded into the patches that the
+patch of all leaves them. What a person edits there is folded into the patches that the
 lines are from (generate()); everything else is edited in a branch (lab/branch.py).
 The same input gives the same bytes of patches/.
 """
@@ -30,7 +31,8 @@ from lab.errors import LabError
 
 IDENTITY = "Patch Series <series@localhost>"
 DATE = datetime(2026, 11, 20, 12, 0, 0, tzinfo=timezone.utc)
-COVER_LETTER = "0000-cover-letter.txt"  # not *.patch: git am takes patches/*.patch
+RFC = "[RFC] "
+COVER_LETTER = "0000-cover-letter.txt"  # not *.patch: git am takes patches/*/*.patch
 KERNEL_FOLDERS = ("Documentation", "arch", "drivers", "include", "init", "kernel", "lib", "mm",
                   "samples", "scripts", "tools", "virt")
 
@@ -56,12 +58,17 @@ Files = dict[str, File | None]  # in-tree path -> what is there, None for nothin
 
 @dataclass(frozen=True)
 class Patch:
-    """One mailed patch. A body may begin with "From: " and an author other than IDENTITY."""
+    """One mailed patch; `name` has its group's in front. A body may begin with "From: " and an author other than IDENTITY."""
 
     name: str
     subject: str
     body: str
     diff: bytes
+
+    @property
+    def slug(self) -> str:
+        """The part of its name that stays when its number changes."""
+        return self.name.rpartition("/")[2].partition("-")[2]
 
     @property
     def message(self) -> str:
@@ -95,12 +102,35 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Patches that are mailed together, with their cover letter's subject and text."""
+
+    name: str
+    subject: str
+    body: str
+    patches: tuple[Patch, ...]
+
+    @property
+    def message(self) -> str:
+        return f"{self.subject}\n\n{self.body}" if self.body else self.subject
+
+
+@dataclass(frozen=True)
 class Series:
-    """The patches for one base in order, and the root of the repository that they are in."""
+    """The groups for one base in order, and the root of the repository that they are in."""
 
     root: Path
     base: Base
-    patches: tuple[Patch, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        return tuple(patch for group in self.groups for patch in group.patches)
+
+    @property
+    def mails(self) -> Path:
+        """The folder of the patches."""
+        return self.root / self.base.patches
 
     @property
     def touched(self) -> list[str]:
@@ -128,26 +158,37 @@ def load(base: Base | None = None, root: Path = paths.ROOT) -> Series:
     owned file is missing, or landed by no patch.
     """
     base = base or bases.default(root)
-    folders = sorted(path for path in (root / "series").glob("[0-9]*") if path.is_dir())
+    folders = _numbered(root / "series")
     if not folders:
         raise LabError(f"{root}/series has no patches in it")
-    series = Series(root, base, tuple(_load_patch(folder, root / base.patches) for folder in folders))
+    series = Series(root, base, tuple(_load_group(folder, root / base.patches) for folder in folders))
     _check_owned(series)
     return series
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir())
+
+
+def _load_group(folder: Path, mails: Path) -> Group:
+    patches = tuple(_load_patch(one, mails) for one in _numbered(folder))
+    if not patches:
+        raise LabError(f"series/{folder.name} has no patches in it")
+    return Group(folder.name, *read_message(folder / "cover-letter"), patches)
 
 
 def _load_patch(folder: Path, mails: Path) -> Patch:
     subject, body = read_message(folder / "message")
     slug = folder.name.partition("-")[2]
-    found = sorted(mails.glob(f"[0-9]*-{slug}.patch")) if mails.is_dir() else []
-    found = [path for path in found if path.name.partition("-")[2] == f"{slug}.patch"]
+    found = [path for path in mails.glob(f"*/[0-9]*-{slug}.patch") if path.name.partition("-")[2] == f"{slug}.patch"]
     if len(found) != 1:
-        raise LabError(f"series/{folder.name} has {len(found)} patches called *-{slug}.patch in {mails.name}/, not one",
+        raise LabError(f"series/{folder.parent.name}/{folder.name} has {len(found)} patches called *-{slug}.patch in "
+                       f"{mails.name}/, not one",
                        "a patch is added, renamed or taken out in a branch: './kexec-lab series --to DIR'")
     diff = found[0].read_bytes().partition(b"\ndiff --git ")[2]
     if not diff:
-        raise LabError(f"{mails.name}/{found[0].name} changes nothing")
-    return Patch(folder.name, subject, body, b"diff --git " + diff)
+        raise LabError(f"{found[0].relative_to(mails.parent)} changes nothing")
+    return Patch(f"{folder.parent.name}/{folder.name}", subject, body, b"diff --git " + diff)
 
 
 def read_message(path: Path) -> tuple[str, str]:
@@ -395,28 +436,33 @@ def generate(series: Series, tree: Path) -> dict[str, bytes]:
     Raises LabError naming patch and file when a patch does not apply, or when an
     edit of an owned file cannot be folded in.
     """
-    count = len(series.patches)
+    files = {}
     with _folded(series, tree) as (repository, trees):
-        files = {}
-        for number, patch in enumerate(series.patches, 1):
-            changes = repository.git(*DIFF, "--patch", trees[number - 1], trees[number])[1]
-            text = _mail(number, count, patch, changes)
-            files[f"{patch.name}.patch"] = text
-        subject, body = read_message(series.root / "series" / "cover-letter")
-        listing = "\n".join(f"  {patch.subject}" for patch in series.patches)
-        changes = repository.git(*DIFF, trees[0], trees[-1])[1]
-        cover = Patch("", subject, f"{body}\n\nPatches ({count}):\n{listing}\n", b"")
-        files[COVER_LETTER] = _mail(0, count, cover, changes, "")
-        return files
+        number = 0
+        for group in series.groups:
+            count, first = len(group.patches), number
+            for index, patch in enumerate(group.patches, 1):
+                number += 1
+                changes = repository.git(*DIFF, "--patch", trees[number - 1], trees[number])[1]
+                files[f"{patch.name}.patch"] = _mail(_subject(group, index, patch.subject), number, patch, changes)
+            listing = "\n".join(f"  {patch.subject}" for patch in group.patches)
+            cover = Patch("", group.subject, f"{group.body}\n\nPatches ({count}):\n{listing}\n", b"")
+            files[f"{group.name}/{COVER_LETTER}"] = _mail(
+                _subject(group, 0, group.subject), first, cover, repository.git(*DIFF, trees[first], trees[number])[1], "")
+    return files
 
 
-def _mail(number: int, count: int, patch: Patch, changes: str, separator: str = "---\n") -> bytes:
-    width = len(str(count))
+def _subject(group: Group, number: int, subject: str) -> str:
+    count, rfc = len(group.patches), group.subject.startswith(RFC)
+    return f"[{'RFC ' * rfc}PATCH {number:0{len(str(count))}d}/{count}] {subject.removeprefix(RFC)}"
+
+
+def _mail(subject: str, minutes: int, patch: Patch, changes: str, separator: str = "---\n") -> bytes:
     body = patch.text.partition("\n\n")[2]
     headers = ["From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001",
                f"From: {patch.author}",
-               f"Date: {format_datetime(DATE + timedelta(minutes=number))}",
-               f"Subject: [PATCH {number:0{width}d}/{count}] {patch.subject}"]
+               f"Date: {format_datetime(DATE + timedelta(minutes=minutes))}",
+               f"Subject: {subject}"]
     if not (patch.message + patch.author).isascii():
         headers += ["MIME-Version: 1.0", "Content-Type: text/plain; charset=UTF-8",
                     "Content-Transfer-Encoding: 8bit"]
@@ -426,19 +472,22 @@ def _mail(number: int, count: int, patch: Patch, changes: str, separator: str = 
 
 def write(files: dict[str, bytes], folder: Path) -> list[str]:
     """Make `folder` hold exactly `files`; returns the names that changed."""
-    folder.mkdir(exist_ok=True)
     changed = stale(files, folder)
     for name in changed:
         if name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(files[name])
         else:
             (folder / name).unlink()
+    for group in _numbered(folder):
+        if not any(group.iterdir()):
+            group.rmdir()
     return changed
 
 
 def stale(files: dict[str, bytes], folder: Path) -> list[str]:
     """Names in `folder` that differ from `files`, are missing, or should not be there."""
-    present = {path.name: path.read_bytes() for path in folder.glob("*")} if folder.is_dir() else {}
+    present = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     return sorted(name for name in files.keys() | present.keys() if files.get(name) != present.get(name))
 
 
@@ -448,7 +497,7 @@ def check(series: Series, tree: Path, exact: bool = True) -> None:
     On a version other than the recorded one, what a patch changes may stand elsewhere and among
     other lines: not `exact`, then.
     """
-    folder = series.root / series.base.patches
+    folder = series.mails
     files = generate(series, tree)
     names = stale(files, folder)
     if not exact:

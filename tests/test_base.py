@@ -220,7 +220,7 @@ def test_an_update_is_taken(archive: Archive) -> None:
 
 
 @pytest.mark.parametrize("path, text, complaint", [
-    (toy.HOOKED, "another\n", "patches/0001-hook.patch does not apply to arch/arm64/mm/Makefile"),
+    (toy.HOOKED, "another\n", "patches/1-toy/0001-hook.patch does not apply to arch/arm64/mm/Makefile"),
     (toy.OLD, "upstream changed it\n", "not those that the series replaces (recorded from 7.3.4):\n")])
 def test_an_update_that_a_patch_is_not_for(archive: Archive, capsys: pytest.CaptureFixture[str], path: str, text: str,
                                            complaint: str) -> None:

@@ -73,7 +73,7 @@ def subjects(root: Path) -> list[str]:
 
 def test_the_repository(toys: Toys) -> None:
     source, root, folder = toys
-    assert toy.git(folder, "log", "--reverse", "--format=%s", "base..series").splitlines() == subjects(root)
+    assert toy.git(folder, "log", "--reverse", "--format=%s", "base..series").splitlines() == ["arm64: A toy", *subjects(root)]
     assert toy.git(folder, "log", "-1", "--format=%B%an", "series").strip() == "arm64: mm: Go on\n\nBecause.\nPatch Series"
     assert toy.git(folder, "status", "--porcelain") == ""
     for path, text in {**toy.BASE, **toy.FIRST, **toy.SECOND, **THIRD}.items():
@@ -105,58 +105,80 @@ def test_a_round_trip_of_the_real_series_changes_nothing(source: Source, tmp_pat
     before = content(root)
     branch.to(series.load(source.base, root), part, tmp_path / "branch")
     toy.git(tmp_path / "branch", "reset", "-q", "--hard", "base")
-    toy.git(tmp_path / "branch", "am", "-q", *(str(root / source.base.patches / f"{patch.name}.patch")
-                                               for patch in the_series.patches))
+    for group in the_series.groups:
+        toy.git(tmp_path / "branch", "commit", "-q", "--allow-empty", "-m", group.message)
+        toy.git(tmp_path / "branch", "am", "-q", *(str(root / source.base.patches / f"{patch.name}.patch")
+                                                   for patch in group.patches))
     assert branch.back(series.load(source.base, root), part, tmp_path / "branch") == []
     assert content(root) == before
 
 
 def test_a_patch_in_the_middle_is_amended(toys: Toys) -> None:
     _, root, folder = toys
-    assert rebase(folder, "1s/pick/edit/").returncode == 0
+    assert rebase(folder, "2s/pick/edit/").returncode == 0
     amend(folder, {toy.NEW: (toy.FIRST[toy.NEW] or "").replace("line 9", "line nine")})
     toy.git(folder, "rebase", "--continue")
-    assert back(toys) == ["0001-hook: changed", f"{toy.NEW}: changed"]
+    assert back(toys) == ["1-toy/0001-hook: changed", f"{toy.NEW}: changed"]
     assert "line nine" in (root / toy.NEW).read_text()
-    assert "+line nine" in (root / "patches/0001-hook.patch").read_text()
+    assert "+line nine" in (root / "patches/1-toy/0001-hook.patch").read_text()
 
 
 def test_a_patch_is_reworded(toys: Toys) -> None:
     _, root, folder = toys
     toy.git(folder, "commit", "-q", "--amend", "-m", "arm64: mm: Go further\n\nFor a reason.")
-    assert back(toys) == ["0003-later: reworded"]
-    assert (root / "series/0003-later/message").read_text() == "arm64: mm: Go further\n\nFor a reason.\n"
+    assert back(toys) == ["1-toy/0003-later: reworded"]
+    assert (root / "series/1-toy/0003-later/message").read_text() == "arm64: mm: Go further\n\nFor a reason.\n"
 
 
 def test_patches_are_swapped(toys: Toys) -> None:
     _, root, folder = toys
-    assert rebase(folder, "2{h;d}", "3{G}").returncode == 0
+    assert rebase(folder, "3{h;d}", "4{G}").returncode == 0
     assert len(back(toys)) == 1
     assert subjects(root) == ["arm64: mm: Hook in", "arm64: mm: Go on", "arm64: mm: Replace"]
-    assert sorted(path.name for path in (root / "series").glob("0*")) == ["0001-hook", "0002-later", "0003-replace"]
+    assert sorted(path.name for path in (root / "series/1-toy").glob("0*")) == ["0001-hook", "0002-later", "0003-replace"]
 
 
 def test_a_patch_in_the_middle_adds_a_file(toys: Toys) -> None:
     _, root, folder = toys
-    assert rebase(folder, "1s/pick/edit/").returncode == 0
+    assert rebase(folder, "2s/pick/edit/").returncode == 0
     toy.write(folder, {"arch/arm64/mm/more.c": "more\n"})
     toy.git(folder, "add", "-A", "-f")
     toy.git(folder, "commit", "-q", "-m", "arm64: mm: Add more, and more\n\nThere was room.")
     toy.git(folder, "rebase", "--continue")
-    assert back(toys) == ["0002-add-more-and-more: new", "arch/arm64/mm/more.c: new"]
+    assert back(toys) == ["1-toy/0002-add-more-and-more: new", "arch/arm64/mm/more.c: new"]
     assert (root / "arch/arm64/mm/more.c").read_text() == "more\n"
-    message = (root / "series/0002-add-more-and-more/message").read_text()
+    message = (root / "series/1-toy/0002-add-more-and-more/message").read_text()
     assert message == "arm64: mm: Add more, and more\n\nFrom: Jane <jane@localhost>\n\nThere was room.\n"
-    mail = (root / "patches/0002-add-more-and-more.patch").read_text()
+    mail = (root / "patches/1-toy/0002-add-more-and-more.patch").read_text()
     assert "\nFrom: Jane <jane@localhost>\n" in mail and mail.count("From: Jane") == 1
     assert toy.git(folder, "log", "-1", "--format=%an%n%b", "series~2").split() == ["Jane", "There", "was", "room."]
 
 
 def test_a_patch_is_dropped(toys: Toys) -> None:
     _, root, folder = toys
-    assert rebase(folder, "2d").returncode == 0
-    assert back(toys) == ["0002-replace: gone", f"{toy.OLD}: gone"]
-    assert not (root / toy.OLD).exists() and [patch.name for patch in series.load(root=root).patches] == ["0001-hook", "0002-later"]
+    assert rebase(folder, "3d").returncode == 0
+    assert back(toys) == ["1-toy/0002-replace: gone", f"{toy.OLD}: gone"]
+    assert not (root / toy.OLD).exists() and [patch.slug for patch in series.load(root=root).patches] == ["hook", "later"]
+
+
+def test_a_group_begins_with_its_cover_letter(toys: Toys) -> None:
+    """A second group, a patch that changes over to it, and a letter that is reworded."""
+    source, root, folder = toys
+    assert rebase(folder, "4s/^/break\\n/").returncode == 0
+    toy.git(folder, "commit", "-q", "--allow-empty", "-m", "[RFC] arm64: More of it\n\nMay we?")
+    toy.git(folder, "rebase", "--continue")
+    assert back(toys) == ["2-more-of-it: new", "2-more-of-it/0001-later: moved, was 1-toy/0003-later"]
+    assert [group.name for group in series.load(root=root).groups] == ["1-toy", "2-more-of-it"]
+    mail = (root / "patches/2-more-of-it/0001-later.patch").read_text()
+    assert "Subject: [RFC PATCH 1/1] arm64: mm: Go on\n" in mail
+    assert "Subject: [PATCH 2/2] " in (root / "patches/1-toy/0002-replace.patch").read_text()
+    cover = (root / "patches/2-more-of-it" / series.COVER_LETTER).read_text()
+    assert "Subject: [RFC PATCH 0/1] arm64: More of it\n\nMay we?\n\nPatches (1):\n  arm64: mm: Go on\n" in cover
+    assert " 2 files changed, 2 insertions(+)" in cover
+
+    assert rebase(folder, "4d").returncode == 0
+    assert back(toys) == ["2-more-of-it: gone", "1-toy/0003-later: moved, was 2-more-of-it/0001-later"]
+    assert not (root / "patches/2-more-of-it").exists() and not (root / "series/2-more-of-it").exists()
 
 
 def test_a_fixup_is_squashed(toys: Toys) -> None:
@@ -164,7 +186,7 @@ def test_a_fixup_is_squashed(toys: Toys) -> None:
     toy.write(folder, {toy.NEW: (folder / toy.NEW).read_text().replace("line 1\n", "line one\n")})
     toy.git(folder, "commit", "-q", "-a", "--fixup", ":/Hook in")
     toy.git(folder, "-c", "sequence.editor=true", "rebase", "-q", "-i", "--autosquash", "base")
-    assert back(toys) == ["0001-hook: changed", f"{toy.NEW}: changed"]
+    assert back(toys) == ["1-toy/0001-hook: changed", f"{toy.NEW}: changed"]
 
 
 def test_an_edit_in_the_checkout_comes_to_the_branch(toys: Toys) -> None:
@@ -192,7 +214,7 @@ def test_both_sides_have_changed(toys: Toys) -> None:
 
     toy.git(folder, "rebase", "-q", "--onto", "series-now~1", "series~1", "series")
     toy.git(folder, *update[1].split())
-    assert back(toys) == ["0003-later: reworded"]
+    assert back(toys) == ["1-toy/0003-later: reworded"]
     assert "line one" in (root / toy.NEW).read_text()
 
 
@@ -219,13 +241,17 @@ def emptied(folder: Path) -> None:
     toy.git(folder, "commit", "-q", "--allow-empty", "-m", "arm64: mm: Do nothing")
 
 
+def headless(folder: Path) -> None:
+    assert rebase(folder, "1d").returncode == 0
+
+
 def nameless(folder: Path) -> None:
     amend(folder, {}, "-m", "subject\ntext right below it", "--cleanup=verbatim")
 
 
 @pytest.mark.parametrize("work, complaint", [
     (unfinished, "not committed:\n.*new.c"), (stopped, "rebase is under way"), (elsewhere, "has other checked out"),
-    (merged, "no line of patches"), (emptied, "changes nothing"), (nameless, "does not begin with a subject")])
+    (merged, "no line of patches"), (emptied, "without patches behind it"), (headless, "in front of all cover letters"), (nameless, "does not begin with a subject")])
 def test_what_is_not_read(toys: Toys, work: Callable[[Path], None], complaint: str) -> None:
     _, root, folder = toys
     work(folder)

@@ -94,7 +94,7 @@ def standing(complaints: list[tuple[str, str]]) -> list[str]:
 
 
 def mails(root: Path) -> list[Path]:
-    return sorted((root / "patches").glob("*.patch"))
+    return sorted((root / "patches").glob("*/*.patch"))
 
 
 def test_checkpatch(patched: Path) -> None:

@@ -87,7 +87,7 @@ def test_git_am_applies_to_a_pristine_base(source: Source, tmp_path: Path, whole
     proc.run([*git, "init", "-q"])
     proc.run([*git, "add", "--all", "--force"])
     proc.run([*git, "commit", "-q", "-m", "base"])
-    mails = sorted((paths.ROOT / source.base.patches).glob("*.patch"))
+    mails = sorted((paths.ROOT / source.base.patches).glob("*/*.patch"))
     assert len(mails) == len(the_series.patches)
     output = proc.run([*git, "am", *mails]).stdout.decode()
     assert [line.removeprefix("Applying: ") for line in output.splitlines()] == [p.subject for p in the_series.patches]
@@ -183,6 +183,10 @@ def test_messages_that_are_sent_back(subject: str, body: str) -> None:
 
 # A toy series on a toy base: what goes wrong is named
 
+HOOK, REPLACE, LATER = (f"{toy.GROUP}/{name}.patch" for name in ("0001-hook", "0002-replace", "0003-later"))
+COVER = f"{toy.GROUP}/{series.COVER_LETTER}"
+
+
 @pytest.fixture
 def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Source, Path]:
     """A base, and a checkout with two patches for it: a hook with a new file, then a replacement and a removal."""
@@ -198,20 +202,20 @@ def load(root: Path) -> series.Series:
 def test_toy_patches(toys: tuple[Source, Path]) -> None:
     source, root = toys
     files = series.generate(load(root), source.tree)
-    assert list(files) == ["0001-hook.patch", "0002-replace.patch", series.COVER_LETTER]
-    first = files["0001-hook.patch"].decode()
+    assert list(files) == [HOOK, REPLACE, COVER]
+    first = files[HOOK].decode()
     assert first.startswith("From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001\nFrom: Patch Series")
     assert "Subject: [PATCH 1/2] arm64: mm: Hook in\n\nBecause.\n---\n" in first
     assert " 2 files changed, 13 insertions(+)\n" in first
-    second = files["0002-replace.patch"].decode()
+    second = files[REPLACE].decode()
     assert "-old\n" * 30 + "+rewritten\n" * 20 in second
     assert "deleted file mode 100644" in second
-    assert "[PATCH 0/2] arm64: A toy" in files[series.COVER_LETTER].decode()
+    assert "[PATCH 0/2] arm64: A toy" in files[COVER].decode()
     assert series.write(files, root / "patches") == []
-    (root / "patches/0003-stray.patch").write_text("")
-    with pytest.raises(LabError, match="stale: 0003-stray.patch"):
+    (root / "patches/1-toy/0003-stray.patch").write_text("")
+    with pytest.raises(LabError, match="stale: 1-toy/0003-stray.patch"):
         series.check(load(root), source.tree)
-    assert series.write(files, root / "patches") == ["0003-stray.patch"]
+    assert series.write(files, root / "patches") == ["1-toy/0003-stray.patch"]
     series.check(load(root), source.tree)
 
 
@@ -223,7 +227,7 @@ def test_what_is_owned_and_what_is_hooked(toys: tuple[Source, Path]) -> None:
 def test_a_patch_that_does_not_apply_is_named_with_its_file(toys: tuple[Source, Path]) -> None:
     source, root = toys
     (source.tree / toy.HOOKED).write_text(toy.ABOVE + "one\nfuzz\ntwo\nthree\n")
-    with pytest.raises(LabError, match="patches/0001-hook.patch does not apply to arch/arm64/mm/Makefile"):
+    with pytest.raises(LabError, match="patches/1-toy/0001-hook.patch does not apply to arch/arm64/mm/Makefile"):
         series.result(load(root), source.tree)
     (source.tree / toy.HOOKED).unlink()
     with pytest.raises(LabError, match="0001-hook.patch does not apply to arch/arm64/mm/Makefile"):
@@ -235,7 +239,7 @@ def test_an_update_of_the_base_may_move_lines(toys: tuple[Source, Path]) -> None
     source, root = toys
     (source.tree / toy.HOOKED).write_text("zero\n" + toy.BASE[toy.HOOKED])
     series.check(load(root), source.tree, exact=False)
-    with pytest.raises(LabError, match="stale: 0001-hook.patch"):
+    with pytest.raises(LabError, match="stale: 1-toy/0001-hook.patch"):
         series.check(load(root), source.tree)
     (root / toy.NEW).write_text("other\n")
     with pytest.raises(LabError, match="stale: .*0001-hook.patch"):
@@ -243,12 +247,12 @@ def test_an_update_of_the_base_may_move_lines(toys: tuple[Source, Path]) -> None
 
 
 @pytest.mark.parametrize("breakage, complaint", [
-    (lambda root: (root / toy.NEW).unlink(), "patches/0001-hook.patch lands arch/arm64/mm/new.c, which is not in"),
+    (lambda root: (root / toy.NEW).unlink(), "patches/1-toy/0001-hook.patch lands arch/arm64/mm/new.c, which is not in"),
     (lambda root: (root / "arch/arm64/mm/stray.c").write_text(""), "stray.c is in the repository, but no patch"),
-    (lambda root: (root / "series/0001-hook/message").unlink(), "0001-hook/message is missing"),
-    (lambda root: (root / "series/0001-hook/message").write_text("a\nb\n"), "subject and a blank line"),
-    (lambda root: (root / "patches/0002-replace.patch").unlink(), "0002-replace has 0 patches called *-replace.patch"),
-    (lambda root: (root / "patches/0002-replace.patch").write_text("text\n"), "0002-replace.patch changes nothing")])
+    (lambda root: (root / "series/1-toy/0001-hook/message").unlink(), "0001-hook/message is missing"),
+    (lambda root: (root / "series/1-toy/0001-hook/message").write_text("a\nb\n"), "subject and a blank line"),
+    (lambda root: (root / "patches/1-toy/0002-replace.patch").unlink(), "0002-replace has 0 patches called *-replace.patch"),
+    (lambda root: (root / "patches/1-toy/0002-replace.patch").write_text("text\n"), "0002-replace.patch changes nothing")])
 def test_an_incomplete_series_is_refused(toys: tuple[Source, Path], breakage: object, complaint: str) -> None:
     _, root = toys
     breakage(root)  # type: ignore[operator]
@@ -280,24 +284,23 @@ def test_an_edit_goes_to_the_patch_that_its_lines_are_from(three: tuple[Source, 
     file = root / toy.NEW
     file.write_text(file.read_text().replace("line 2\n", "line two\n").replace("of the third", "of the last"))
     added = [f"+{line}" for line in toy.LINES]
-    assert changed(source, root, "0001-hook.patch") == [*added[:2], "+line two", *added[3:]]
-    assert changed(source, root, "0003-later.patch") == ["+of the last", "-line 11", "+changed by the third"]
-    assert series.write(series.generate(load(root), source.tree), root / "patches") == [
-        "0000-cover-letter.txt", "0001-hook.patch", "0003-later.patch"][-2:]
+    assert changed(source, root, HOOK) == [*added[:2], "+line two", *added[3:]]
+    assert changed(source, root, LATER) == ["+of the last", "-line 11", "+changed by the third"]
+    assert series.write(series.generate(load(root), source.tree), root / "patches") == [HOOK, LATER]
     series.check(load(root), source.tree)
     assert series.result(load(root), source.tree)[toy.NEW] == series.read(file)
 
 
 @pytest.mark.parametrize("old, new, patch", [
-    ("line 0\n", "first\nline 0\n", "0001-hook.patch"), ("line 7\n", "", "0001-hook.patch"),
-    ("of the third\n", "of the third\nand more\n", "0003-later.patch"), ("changed by the third\n", "", "0003-later.patch"),
-    ("line 4\nof the third\n", "both\n", "0003-later.patch")])
+    ("line 0\n", "first\nline 0\n", HOOK), ("line 7\n", "", HOOK),
+    ("of the third\n", "of the third\nand more\n", LATER), ("changed by the third\n", "", LATER),
+    ("line 4\nof the third\n", "both\n", LATER)])
 def test_an_edit_anywhere(three: tuple[Source, Path], old: str, new: str, patch: str) -> None:
     source, root = three
     file = root / toy.NEW
     file.write_text(file.read_text().replace(old, new))
     names = series.stale(series.generate(load(root), source.tree), root / "patches")
-    assert patch in names and "0002-replace.patch" not in names
+    assert patch in names and REPLACE not in names
     series.write(series.generate(load(root), source.tree), root / "patches")
     series.check(load(root), source.tree)
     assert series.result(load(root), source.tree)[toy.NEW] == series.read(file)
@@ -315,7 +318,7 @@ def test_an_edit_that_conflicts_is_told(three: tuple[Source, Path]) -> None:
     source, root = three
     file = root / toy.NEW
     file.write_text(file.read_text().replace("line 4\n", "line four\n"))
-    with pytest.raises(LabError, match=f"{toy.NEW} can't be folded into 0001-hook: later patches") as raised:
+    with pytest.raises(LabError, match=f"{toy.NEW} can't be folded into 1-toy/0001-hook: later patches") as raised:
         series.generate(load(root), source.tree)
     assert "series --to DIR" in raised.value.hint
     assert series.result(load(root), source.tree)[toy.NEW] == series.read(file)  # it can be built and tried all the same

@@ -14,6 +14,7 @@ ABOVE = "".join(f"above {number}\n" for number in range(9))
 BASE = {"Makefile": MAKEFILE.format(4), "arch/arm64/Kconfig": "", HOOKED: ABOVE + "one\ntwo\nthree\n", OLD: "old\n" * 30,
         GONE: "gone\n"}
 
+GROUP = "1-toy"
 Files = dict[str, str | None]  # None removes a file
 
 LINES = [f"line {number}" for number in range(12)]
@@ -47,13 +48,13 @@ def diffs(*states: Files) -> list[bytes]:
 def make(top: Path, root: Path, steps: tuple[tuple[str, str, Files], ...] = STEPS) -> Source:
     """Write a base at `top` and a series for it at `root`; returns the base."""
     write(top, dict(BASE))
-    write(root, {"series/cover-letter": "arm64: A toy\n\nWhy.\n", "series/bases.json": json.dumps([
+    write(root, {f"series/{GROUP}/cover-letter": "arm64: A toy\n\nWhy.\n", "series/bases.json": json.dumps([
         {"name": "7.3", "package": "linux-source-7.3", "suites": [], "version": "7.3.4", "packaged": "", "patches": "patches"}])})
     before: Files = dict(BASE)
     for name, message, files in steps:
-        write(root, {f"series/{name}/message": message})
-        (root / "patches").mkdir(exist_ok=True)
-        (root / f"patches/{name}.patch").write_bytes(b"\n" + diffs(before, files | {
+        write(root, {f"series/{GROUP}/{name}/message": message})
+        (root / "patches" / GROUP).mkdir(parents=True, exist_ok=True)
+        (root / f"patches/{GROUP}/{name}.patch").write_bytes(b"\n" + diffs(before, files | {
             path: text for path, text in before.items() if path not in files})[0])
         before |= files
     write(root, {path: text for path, text in before.items() if path in (NEW, OLD)})
