@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
-from lab import paths, proc
+from lab import paths, proc, qemu
 from lab.build import Built
 from lab.stage import read_symbols
 
@@ -43,14 +43,15 @@ class Counts:
 
 
 def build() -> Path:
-    """The plugin, compiled for this machine. Raises LabError with the compiler's messages."""
+    """The plugin, compiled for this machine and its QEMU. Raises LabError with the compiler's messages."""
+    api = 3 if qemu.version() >= 9 else 1
     text = SOURCE.read_bytes()
-    library = paths.CACHE / "plugin" / f"count-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    library = paths.CACHE / "plugin" / f"count-{hashlib.sha256(text).hexdigest()[:16]}-{api}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             new = Path(folder) / "count.so"
-            proc.run(["gcc", *CFLAGS, "-o", new, SOURCE])
+            proc.run(["gcc", *CFLAGS, f"-DAPI={api}", "-o", new, SOURCE])
             os.rename(new, library)
     return library
 

@@ -34,6 +34,12 @@ class Boot:
 
 
 @cache
+def version() -> int:
+    """The major version of the machine's own QEMU."""
+    return int(re.findall(r"version (\d+)", proc.run([QEMU, "--version"]).stdout.decode())[0])
+
+
+@cache
 def program(mte: bool) -> tuple[str, ...]:
     """The command that is QEMU: the machine's own, or for MTE one of Debian's backports if that is too old.
 
@@ -41,8 +47,7 @@ def program(mte: bool) -> tuple[str, ...]:
     """
     if not mte:
         return (QEMU,)
-    said = proc.run([QEMU, "--version"]).stdout.decode()
-    if int(re.findall(r"version (\d+)", said)[0]) >= WORKING_MTE:
+    if version() >= WORKING_MTE:
         return (QEMU,)
     arch = proc.run(["dpkg", "--print-architecture"]).stdout.decode().strip()
     debs = apt.fetch(["qemu-system-arm", "qemu-system-common", "qemu-system-data"], arch, f"{host.release()}-backports")

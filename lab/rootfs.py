@@ -51,7 +51,7 @@ def remove(root: Path) -> None:
 def command(root: Path, words: Sequence[str]) -> list[str]:
     """What runs `words` as root of the file system `root`; everything that it started ends with it."""
     return [*_owner(), "unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", ENTER, "sh", str(root),
-            "/usr/bin/env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8", *words]
+            "/usr/bin/env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", *words]
 
 
 def put_checkout(root: Path) -> Path:

@@ -33,17 +33,24 @@ class Timing:
 
 @dataclass(frozen=True)
 class Property:
-    """The value of PROPERTY. Times in ticks of the counter, sizes in bytes; by default one that a kernel believes."""
+    """The value of PROPERTY. Times in ticks of the counter, sizes in bytes."""
 
     fdt: int
-    version: int = VERSION
-    frequency: int = 62_500_000  # what QEMU's machines have, Hz
-    begin: int = 1
-    shutdown: int = 6251
-    copied: int = 24_536_678
-    in_place: int = 4096
-    copy_start: int = 6252
-    copy_end: int = 18751
+    version: int
+    frequency: int  # Hz
+    begin: int
+    shutdown: int
+    copied: int
+    in_place: int
+    copy_start: int
+    copy_end: int
+
+    @classmethod
+    def good(cls, fdt: int, frequency: int) -> Property:
+        """One that a kernel believes: 0.1 ms of shutdown, and 0.2 ms until 23.3 MiB are copied."""
+        tenth = frequency // 10_000  # of a millisecond
+        return cls(fdt, VERSION, frequency, begin=1, shutdown=tenth + 1, copied=24_536_678, in_place=4096,
+                   copy_start=tenth + 2, copy_end=3 * tenth + 1)
 
     def value(self) -> bytes:
         """As the device tree has it."""

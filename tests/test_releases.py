@@ -17,7 +17,6 @@ from lab.machine import Hello, parse_hello, parse_message
 pytestmark = pytest.mark.releases
 
 MACHINES = ("bookworm", "trixie")  # that the README names
-BUSYBOXES = (*MACHINES, "forky", "sid")
 
 # Quotes and backslashes, one at each end, and letters that a replacement could take for its own.
 CMDLINE = r'''console=ttyAMA0 dyndbg="file machine_kexec.c +p" a=\ b=\\ c=\" d=& e=\& f="" lab.gen=3 g="'\n"'''
@@ -29,7 +28,7 @@ QUOTING = r'gsub(/["\\]/, "\\\\&", s)'  # in hello.awk
 MEMINFO = "MemTotal:        2030108 kB\nMemFree:         1943360 kB\n"
 
 
-@pytest.fixture(params=BUSYBOXES)
+@pytest.fixture(params=MACHINES)
 def release(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -77,7 +76,7 @@ def test_hello_by_the_awks_of_this_machine(awk: str, tmp_path: Path) -> None:
     check_hello(say_hello([awk], tmp_path))
 
 
-@pytest.mark.parametrize("replacement, wrong_on", [(r'"\\\""', BUSYBOXES[1:]), (r'"\\\\\""', BUSYBOXES[:1])])
+@pytest.mark.parametrize("replacement, wrong_on", [(r'"\\\""', MACHINES[1:]), (r'"\\\\\""', MACHINES[:1])])
 def test_quoting_that_one_busybox_gets_wrong_is_found(busybox: Path, release: str, tmp_path: Path,
                                                       replacement: str, wrong_on: tuple[str, ...]) -> None:
     """What the quotes were replaced by once, and its obvious mend."""

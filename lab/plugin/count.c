@@ -28,7 +28,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* What is used of QEMU's API, version 1, which QEMU 4.2 to 8.2 have */
+/*
+ * What is used of QEMU's API. QEMU 4.2 to 8.2 have version 1 of it, 9.1 and later
+ * take 3, in which the data of an instruction is copied; whoever compiles this
+ * defines API as one of the two.
+ */
 typedef uint64_t qemu_plugin_id_t;
 typedef uint32_t qemu_plugin_meminfo_t;
 typedef struct qemu_info_t qemu_info_t;
@@ -36,7 +40,6 @@ struct qemu_plugin_tb;
 struct qemu_plugin_insn;
 struct qemu_plugin_hwaddr;
 enum { QEMU_PLUGIN_CB_NO_REGS };
-enum { QEMU_PLUGIN_INLINE_ADD_U64 };
 enum { QEMU_PLUGIN_MEM_RW = 3 };
 typedef void (*tb_trans_cb)(qemu_plugin_id_t id, struct qemu_plugin_tb *tb);
 typedef void (*exec_cb)(unsigned int vcpu, void *data);
@@ -46,21 +49,23 @@ void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t id, tb_trans_cb cb);
 void qemu_plugin_register_vcpu_tb_exec_cb(struct qemu_plugin_tb *tb, exec_cb cb, int flags, void *data);
 void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *insn, exec_cb cb, int flags,
 					    void *data);
-void qemu_plugin_register_vcpu_insn_exec_inline(struct qemu_plugin_insn *insn, int op, void *ptr,
-						uint64_t imm);
 void qemu_plugin_register_vcpu_mem_cb(struct qemu_plugin_insn *insn, mem_cb cb, int flags, int rw,
 				      void *data);
 size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *tb);
 uint64_t qemu_plugin_tb_vaddr(const struct qemu_plugin_tb *tb);
 struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *tb, size_t index);
+#if API < 3
 const void *qemu_plugin_insn_data(const struct qemu_plugin_insn *insn);
+#else
+size_t qemu_plugin_insn_data(const struct qemu_plugin_insn *insn, void *data, size_t size);
+#endif
 unsigned int qemu_plugin_mem_size_shift(qemu_plugin_meminfo_t info);
 bool qemu_plugin_mem_is_store(qemu_plugin_meminfo_t info);
 struct qemu_plugin_hwaddr *qemu_plugin_get_hwaddr(qemu_plugin_meminfo_t info, uint64_t vaddr);
 bool qemu_plugin_hwaddr_is_io(const struct qemu_plugin_hwaddr *hwaddr);
 
 #define EXPORT __attribute__((visibility("default")))
-EXPORT int qemu_plugin_version = 1;
+EXPORT int qemu_plugin_version = API;
 
 enum class {
 	LOAD, STORE, PREFETCH, DC_ZVA, DC_CIVAC, DC_CVAC, DC_CVAU, DC_IVAC, DC_OTHER, IC_IALLU, IC_OTHER,
@@ -88,7 +93,7 @@ static const char *out;
 static bool mmu_off;
 static uint64_t zva_block = 64;
 
-static uint64_t insns, classes[CLASSES];
+static uint64_t classes[CLASSES];
 static uint64_t loads[2], stores[2], bytes_loaded, bytes_stored, device;
 static uint64_t fetched, owned, zeroed; /* lines, lines, bytes */
 static bool counting, uncached;
@@ -224,6 +229,11 @@ static void on_store(unsigned int vcpu, void *data)
 	stores[uncached]++;
 }
 
+static void on_instruction(unsigned int vcpu, void *data)
+{
+	++*(uint64_t *)data;
+}
+
 static void on_zva(unsigned int vcpu, void *data)
 {
 	zeroed += zva_block;
@@ -238,7 +248,7 @@ static void on_enter(unsigned int vcpu, void *data)
 {
 	uint64_t i;
 
-	insns = bytes_loaded = bytes_stored = device = fetched = owned = zeroed = 0;
+	bytes_loaded = bytes_stored = device = fetched = owned = zeroed = 0;
 	memset(classes, 0, sizeof(classes));
 	memset(loads, 0, sizeof(loads));
 	memset(stores, 0, sizeof(stores));
@@ -252,6 +262,7 @@ static void on_enter(unsigned int vcpu, void *data)
 
 static void on_leave(unsigned int vcpu, void *data)
 {
+	uint64_t insns = 0;
 	FILE *file;
 	int i;
 
@@ -264,6 +275,8 @@ static void on_leave(unsigned int vcpu, void *data)
 		perror(out);
 		abort();
 	}
+	for (i = 0; i < CLASSES; i++)
+		insns += classes[i];
 	fprintf(file, "{\"instructions\": %lu, \"classes\": {", insns);
 	for (i = 0; i < CLASSES; i++)
 		fprintf(file, "%s\"%s\": %lu", i ? ", " : "", names[i], classes[i]);
@@ -276,16 +289,26 @@ static void on_leave(unsigned int vcpu, void *data)
 	fclose(file);
 }
 
+static uint32_t word_of(const struct qemu_plugin_insn *insn)
+{
+	uint32_t word;
+
+#if API < 3
+	memcpy(&word, qemu_plugin_insn_data(insn), sizeof(word));
+#else
+	qemu_plugin_insn_data(insn, &word, sizeof(word));
+#endif
+	return word;
+}
+
+/* Does a block begin as the pattern does? Who matches too early begins to count again. */
 static bool matches(const struct pattern *pattern, struct qemu_plugin_tb *tb)
 {
-	size_t i;
+	size_t i, count = qemu_plugin_tb_n_insns(tb);
 
-	if (qemu_plugin_tb_n_insns(tb) < pattern->count)
-		return false;
-	for (i = 0; i < pattern->count; i++) {
-		struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, i);
-
-		if (memcmp(qemu_plugin_insn_data(insn), &pattern->words[i], 4))
+	/* QEMU 10 leaves a breakpoint with a block of one instruction */
+	for (i = 0; i < pattern->count && i < count; i++) {
+		if (word_of(qemu_plugin_tb_get_insn(tb, i)) != pattern->words[i])
 			return false;
 	}
 	return true;
@@ -314,15 +337,12 @@ static void on_translate(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 
 	for (i = 0; i < count; i++) {
 		struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, i);
-		enum class class;
+		uint32_t word = word_of(insn);
+		enum class class = class_of(word);
 		exec_cb also = NULL;
-		uint32_t word;
 
-		memcpy(&word, qemu_plugin_insn_data(insn), 4);
-		class = class_of(word);
-		qemu_plugin_register_vcpu_insn_exec_inline(insn, QEMU_PLUGIN_INLINE_ADD_U64, &insns, 1);
-		qemu_plugin_register_vcpu_insn_exec_inline(insn, QEMU_PLUGIN_INLINE_ADD_U64,
-							   &classes[class], 1);
+		qemu_plugin_register_vcpu_insn_exec_cb(insn, on_instruction, QEMU_PLUGIN_CB_NO_REGS,
+						       &classes[class]);
 		if (class == LOAD)
 			also = on_load;
 		else if (class == STORE)
