@@ -237,8 +237,6 @@ def read_if_there(path: Path) -> File | None:
     return read(path) if path.is_file() else None
 
 
-# A repository that holds the touched files only
-
 class Scratch:
     """A git repository that holds the touched files only."""
 
@@ -368,14 +366,14 @@ def _fold(series: Series, repository: Scratch, trees: Sequence[str], edited: Map
         repository.git("commit", "-q", "--all", "--allow-empty", "-m", f"fixup! {_title(home)}")
     wanted = repository.tree()
     status, said = repository.git("rebase", "-q", "-i", "--autosquash", commits[0], accept=(0, 1, 128),
-                               env={"GIT_SEQUENCE_EDITOR": "true", "GIT_EDITOR": "true"})
+                                  env={"GIT_SEQUENCE_EDITOR": "true", "GIT_EDITOR": "true"})
     if status:
         stopped = repository.git("log", "-1", "--format=%s", "REBASE_HEAD", accept=(0, 128))[1].strip()
         name = next((patch.name for number, patch in enumerate(series.patches, 1)
                      if stopped.removeprefix("fixup! ") == _title(number)), "a patch")
         raise LabError(f"what was edited in {', '.join(sorted(edited))} can't be folded into {name}: later patches "
-                       "change what is beside it", "edit it in a branch, where git shows the conflict: "
-                       f"'./kexec-lab series --to DIR'\n  {said.strip().splitlines()[0]}")
+                       "change what is beside it", "keep it aside ('git stash'), make a branch ('./kexec-lab series --to "
+                       f"DIR'), and edit that patch there, where git shows the conflict\n  {said.strip().splitlines()[0]}")
     folded = repository.git("log", "--reverse", "--format=%T")[1].split()
     assert len(folded) == len(trees) and folded[-1] == wanted
     return folded

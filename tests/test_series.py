@@ -320,7 +320,7 @@ def test_an_edit_that_conflicts_is_told(three: tuple[Source, Path]) -> None:
     file.write_text(file.read_text().replace("line 4\n", "line four\n"))
     with pytest.raises(LabError, match=f"{toy.NEW} can't be folded into 1-toy/0001-hook: later patches") as raised:
         series.generate(load(root), source.tree)
-    assert "series --to DIR" in raised.value.hint
+    assert "git stash" in raised.value.hint and "series --to DIR" in raised.value.hint
     assert series.result(load(root), source.tree)[toy.NEW] == series.read(file)  # it can be built and tried all the same
 
 
