@@ -108,11 +108,15 @@ def options_after(the_series: series.Series, source: Source, count: int) -> set[
             for name in re.findall(r"^(?:menu)?config (\w+)", file.content.decode(), re.M)}
 
 
+# What no configuration of the laboratory's builds.
+ELSEWHERE = ("mm/memory_hotplug.c",)
+
+
 def targets(patches: tuple[series.Patch, ...], srctree: Path) -> list[str]:
     """What the series can break: its folders below arch/arm64, and what it touches elsewhere."""
     files = {path for patch in patches for path in patch.touched
              if path.endswith((".c", ".S")) and (srctree / path).is_file()
-             and not path.startswith(("arch/", "tools/", "Documentation/"))}
+             and not path.startswith(("arch/", "tools/", "Documentation/")) and path not in ELSEWHERE}
     return ["arch/arm64/kernel/", "arch/arm64/mm/", *sorted(path[:-2] + ".o" for path in files)]
 
 

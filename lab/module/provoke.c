@@ -12,6 +12,11 @@
  *   how=read ranges=...  the same, reading
  *   how=litter ranges=0,STEP
  *                        take one page in each STEP bytes of memory, for good
+ *   how=slabs ranges=END,STEP
+ *                        the same below END, and have them look like slabs
+ *   how=dma ranges=0,SIZE
+ *                        allocate SIZE bytes, one MiB at a time, as a driver does
+ *                        whose device reaches 4 GiB, and give them back
  *   how=store ranges=START,1
  *                        a plain store to the first of them
  *
@@ -19,10 +24,13 @@
  */
 #include <linux/bitmap.h>
 #include <linux/delay.h>
+#include <linux/dma-mapping.h>
 #include <linux/irq_work.h>
 #include <linux/list.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/platform_device.h>
+#include <linux/sizes.h>
 #include <linux/smp.h>
 #include <linux/uaccess.h>
 #include <linux/workqueue.h>
@@ -111,7 +119,7 @@ static void touch_ranges(bool write)
 }
 
 /* All free memory is taken for a moment: a page that is kept may be anywhere */
-static void litter(unsigned long step)
+static void litter(unsigned long end, unsigned long step, bool slabs)
 {
 	static DECLARE_BITMAP(littered, 1 << 16);
 	struct page *page, *next;
@@ -123,12 +131,50 @@ static void litter(unsigned long step)
 
 	list_for_each_entry_safe(page, next, &pages, lru) {
 		list_del(&page->lru);
-		if (test_and_set_bit(page_to_phys(page) / step % (1 << 16), littered))
+		if (page_to_phys(page) >= end ||
+		    test_and_set_bit(page_to_phys(page) / step % (1 << 16), littered)) {
 			__free_page(page);
-		else
-			kept++;
+			continue;
+		}
+		kept++;
+		if (slabs) {
+			__SetPageSlab(page);
+			page_ref_freeze(page, 1);
+		}
 	}
 	pr_info("provoke: %lu pages, 0 faults\n", kept);
+}
+
+/* "pages" are buffers, "faults" those that could not be had */
+static int dma(unsigned long size)
+{
+	unsigned long i, count = size / SZ_1M, faults = 0;
+	struct platform_device *pdev;
+	dma_addr_t *addresses;
+	void **buffers;
+
+	buffers = kvcalloc(count, sizeof(*buffers), GFP_KERNEL);
+	addresses = kvcalloc(count, sizeof(*addresses), GFP_KERNEL);
+	pdev = platform_device_register_simple("provoke", PLATFORM_DEVID_NONE, NULL, 0);
+	if (!buffers || !addresses || IS_ERR(pdev) ||
+	    dma_set_mask_and_coherent(&pdev->dev, DMA_BIT_MASK(32)))
+		return -EINVAL;
+
+	for (i = 0; i < count; i++) {
+		buffers[i] = dma_alloc_coherent(&pdev->dev, SZ_1M, &addresses[i],
+						GFP_KERNEL | __GFP_NOWARN);
+		if (!buffers[i] || addresses[i] + SZ_1M > SZ_4G)
+			faults++;
+	}
+	for (i = 0; i < count; i++)
+		if (buffers[i])
+			dma_free_coherent(&pdev->dev, SZ_1M, buffers[i], addresses[i]);
+
+	platform_device_unregister(pdev);
+	kvfree(addresses);
+	kvfree(buffers);
+	pr_info("provoke: %lu pages, %lu faults\n", count, faults);
+	return 0;
 }
 
 static int __init provoke(void)
@@ -144,7 +190,12 @@ static int __init provoke(void)
 	} else if (!strcmp(how, "write") || !strcmp(how, "read")) {
 		touch_ranges(how[0] == 'w');
 	} else if (!strcmp(how, "litter") && range_words == 2) {
-		litter(ranges[1]);
+		litter(ULONG_MAX, ranges[1], false);
+	} else if (!strcmp(how, "slabs") && range_words == 2) {
+		litter(ranges[0], ranges[1], true);
+	} else if (!strcmp(how, "dma") && range_words == 2) {
+		if (dma(ranges[1]))
+			return -EINVAL;
 	} else if (!strcmp(how, "store") && range_words) {
 		WRITE_ONCE(*(u8 *)phys_to_virt(ranges[0]), 0);
 	} else {
