@@ -42,6 +42,11 @@ class Kernel:
         """Compiled by clang, as control-flow integrity wants it."""
         return self.flavour == "cfi"
 
+    @property
+    def randomized(self) -> bool:
+        """It has KASLR, unless it is told not to."""
+        return self.flavour != "ima"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -55,6 +60,9 @@ class Cell:
     memory: int = 2048
     rodata: str = "on"  # the linear map consists of pages; or "noalias": of blocks
     kaslr: bool = True
+    # The boot loader gives it a seed for KASLR; None: but not to mainline's without KASLR, which leave the seed where
+    # it is, and kexec-tools then refuses to load
+    seed: bool | None = None
     append: tuple[str, ...] = ()  # kernel parameters beyond those the fields stand for
     holes: bool = False  # reserved-memory nodes with no-map in odd places
     uart: tuple[int, int] | None = None  # stdout-path names a 16550, in memory, with this reg-shift and reg-io-width
@@ -66,6 +74,10 @@ class Cell:
     @property
     def has_its(self) -> bool:
         return self.kernel.patched if self.its is None else self.its
+
+    @property
+    def has_seed(self) -> bool:
+        return self.kaslr or self.kernel.patched if self.seed is None else self.seed
 
     @property
     def mte(self) -> bool:
@@ -85,6 +97,7 @@ DEBUG = Kernel(4, 48, flavour="debug")
 EFI = Kernel(4, 48, flavour="efi")
 CFI = Kernel(4, 48, flavour="cfi")
 MTE = Kernel(4, 48, flavour="mte")
+IMA = Kernel(4, 48, flavour="ima")
 HARDENED = (CFI, MTE)
 
 MIB512, MIB1537, GIB2, GIB16, GIB64 = 512, 1537, 2048, 16384, 65536
@@ -93,6 +106,8 @@ MIB512, MIB1537, GIB2, GIB16, GIB64 = 512, 1537, 2048, 16384, 65536
 NVHE = ("kvm-arm.mode=nvhe",)
 # No VA beyond 48 bits for a kernel that could use them.
 NOLVA = ("arm64.nolva",)
+# What is executed, and when kexec is.
+MEASURED = ("ima_policy=tcb|critical_data",)
 
 
 def _cell(kernel: Kernel, el: str, suffix: str = "", **fields: object) -> Cell:
@@ -169,6 +184,9 @@ def _all() -> list[Cell]:
         _cell(MTE, "vhe"),
         _cell(MTE, "nvhe", cpus=4),
         _cell(MTE, "el1"),
+        # Measurements that the next kernel gets; no KASLR.
+        _cell(IMA, "vhe", cpus=1, memory=MIB512, kaslr=False, append=MEASURED),
+        _cell(IMA, "el1", cpus=1, memory=MIB512, kaslr=False, append=(*MEASURED, "cma=64M")),
         # lockdep, DEBUG_PAGEALLOC, DEBUG_VIRTUAL, KFENCE, UBSAN; a warning is a panic.
         _cell(DEBUG, "vhe", append=("panic_on_warn=1",)),
         _cell(DEBUG, "el1", cpu=A57, kaslr=False, append=("panic_on_warn=1",)),
@@ -184,7 +202,7 @@ FUZZED = CELLS["4k-va48-nvhe"]  # its exit is the longest
 
 KERNELS: dict[str, Kernel] = {cell.kernel.name: cell.kernel for cell in CELLS.values()}
 # Mainline's own implementation, to measure against.
-KERNELS |= {kernel.name: kernel for kernel in (replace(one, patched=False) for one in (K4_48, *HARDENED))}
+KERNELS |= {kernel.name: kernel for kernel in (replace(one, patched=False) for one in (K4_48, IMA, *HARDENED))}
 
 
 def on_base(one: Cell) -> Cell:

@@ -68,8 +68,7 @@ def machine(cell: Cell, accel: str) -> list[str]:
     el2 = ",virtualization=on" if cell.el != "el1" else ""
     its = "" if cell.has_its else ",its=off"
     mte = ",mte=on" if cell.mte else ""
-    # kexec-tools refuses to load when the seed for KASLR has been left unused.
-    seed = "" if cell.kaslr else ",dtb-randomness=off"
+    seed = "" if cell.has_seed else ",dtb-randomness=off"
     return ["-machine", f"virt,gic-version=3{its}{el2}{mte}{seed},memory-backend=ram",
             "-object", f"memory-backend-ram,id=ram,size={cell.memory}M,reserve=off",
             "-m", f"{cell.memory}M",
@@ -84,7 +83,7 @@ def parameters(cell: Cell) -> str:
     """The kernel's command line. Whoever hands over adds lab.gen=<number of the next kernel>."""
     words = ["console=ttyAMA0", "earlycon", "panic=-1", 'dyndbg="file machine_kexec.c +p"',
              f"rodata={cell.rodata}", *cell.append]
-    if not cell.kaslr:
+    if cell.kernel.randomized and not cell.kaslr:
         words.append("nokaslr")
     return " ".join(words)
 

@@ -47,6 +47,7 @@ def test_special_machines() -> None:
     assert {cell.memory for cell in ALL if cell.rodata == "on"} >= set(MEMORY)
     assert {cell.el for cell in ALL if cell.holes} == set(LEVELS)
     assert {cell.el for cell in ALL if any(word.startswith("cma=") for word in cell.append)} == set(LEVELS)
+    assert {cell.el for cell in ALL if cell.kernel.flavour == "ima"} == {"el1", "vhe"}
     for flavour in ("cfi", "mte", "efi"):
         assert {cell.el for cell in ALL if cell.kernel.flavour == flavour} == set(LEVELS)
     assert all(cell.mte == (cell.kernel.flavour == "mte") for cell in ALL)

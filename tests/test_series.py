@@ -157,7 +157,7 @@ def test_a_patch_that_does_not_build_is_found(source: Source, tmp_path: Path) ->
 def message_faults(subject: str, body: str) -> list[str]:
     """What a maintainer would send a message back for."""
     faults = [f"longer than {COLUMNS} columns: {line}" for line in [subject, *body.splitlines()]
-              if len(line) > COLUMNS and not line.startswith((" ", "Link: "))]
+              if len(line) > COLUMNS and not line.startswith((" ", "Link: ", "Fixes: "))]
     match = re.fullmatch(r"(?:[A-Za-z0-9_/.-]+: )+([A-Z]\w+)\b.*[^.]", subject)
     if not match:
         faults.append(f"not 'subsystem: Verb ...' without a full stop: {subject}")

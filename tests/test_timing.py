@@ -22,8 +22,7 @@ from lab.timing import PROPERTY, Property, find, table
 pytestmark = pytest.mark.timing
 
 NAMES = ("4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1", "4k-va48-vhe-cma", "64k-va52-vhe", "64k-va52-nvhe-a72")
-# After a kexec_file_load() without KASLR, kexec-tools refuses to kexec_load(): the seed is still there.
-LINES = [replace(CELLS[name], name=f"{name}-timing", kaslr=True) for name in NAMES]
+LINES = [replace(CELLS[name], name=f"{name}-timing") for name in NAMES]
 NODE = f"/proc/device-tree/chosen/{PROPERTY}"
 
 BOOT_ARGUMENT = qemu.RAM_BASE + 0x18  # where QEMU's own boot code has the address of the device tree
