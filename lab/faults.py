@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import struct
 import sys
 from dataclasses import dataclass, replace
 from typing import Callable
@@ -29,8 +30,6 @@ UNKNOWN, HVC64, ABORT, BRK64, SERROR = 0x00, 0x16, 0x25, 0x3C, 0x2F
 TRANSLATION, PERMISSION, EXTERNAL, WRITE = 0x04, 0x0C, 0x10, 1 << 6
 KIND = 0x3C  # mask: all of DFSC but the level
 
-# Of a 16550: number of the line status register, its bit "there is room"
-LSR, THRE = 5, 0x20
 ROOM = 1000  # characters, more than a report has
 
 # Instructions
@@ -55,6 +54,17 @@ VIRTUAL_SERROR = (
     0xD51C4021,  # msr elr_el2, x1
     0xD5033FDF,  # isb
     0xD69F03E0,  # eret: SErrors are masked or not as they were at the HVC
+    PARK)
+
+HCR_VSE, HCR_AMO = 1 << 8, 1 << 5
+AT_EL2 = (
+    0xD4000002,  # hvc #0: x0 is HVC_SOFT_RESTART, x1 the next instruction
+    0xD53C1106,  # mrs x6, hcr_el2
+    0xAA0700C6,  # orr x6, x6, x7
+    0xD51C1106,  # msr hcr_el2, x6
+    0xD51C4025,  # msr elr_el2, x5: behind the eret
+    0xD5033FDF,  # isb
+    0xD69F03E0,  # eret
     PARK)
 
 LABELS = {"el1": "EL1", "nvhe": "nVHE", "vhe": "VHE"}
@@ -270,6 +280,50 @@ def serror_of(s: Scene, aet: int) -> int:
     return s.next + 4 * (len(code) - 1)
 
 
+def serror_in_kernel(s: Scene, symbol: str) -> None:
+    """Have a virtual SError pending, and masked, when a function of a kernel without VHE is called.
+
+    Nobody but EL2 can do that. The hyp-stub branches there, to instructions that
+    overwrite a function which is not called any more.
+    """
+    gdb, symbols = s.gdb, s.stage.symbols
+    gdb.run_to(symbols[symbol], LIMIT, str(s.stage.machine.console))
+    kept = {name: gdb.register(name) for name in ("pc", *(f"x{n}" for n in range(31)))}
+    start = symbols["machine_halt"]
+    physical = start - int.from_bytes(gdb.read(symbols["kimage_voffset"], 8, virtual=True), "little")
+    code = struct.pack(f"<{len(AT_EL2)}I", *AT_EL2)
+    gdb.write(physical, code)
+    end = start + len(code) - 4
+    for name, value in {"pc": start, "x0": 1, "x1": physical + 4, "x5": end, "x7": HCR_VSE | HCR_AMO}.items():
+        gdb.set_register(name, value)
+    gdb.run_to(end, LIMIT, str(s.stage.machine.console))
+    for name, value in kept.items():
+        gdb.set_register(name, value)
+
+
+def become_realm(s: Scene, shared: int, protected: bool) -> None:
+    """Have the code about reports believe that it runs in a Realm whose shared addresses have this bit.
+
+    `protected` is what is said of all of them. Of the branches on whether it is a Realm only those in that code are
+    taken: the rest of the kernel knows better.
+    """
+    gdb, symbols = s.gdb, s.stage.symbols
+    gdb.write(symbols["prot_ns_shared"], (1 << shared).to_bytes(8, "little"), virtual=True)
+    answer = struct.pack("<2I", 0x52800000 | protected << 5, 0xD65F03C0)  # mov w0, #protected; ret
+    gdb.write(symbols["arm64_rsi_is_protected"], answer, virtual=True)
+    start, stop = symbols["__start___jump_table"], symbols["__stop___jump_table"]
+    table = gdb.read(start, stop - start, virtual=True)
+    for offset, (code, target, key) in zip(range(0, len(table), 16), struct.iter_unpack("<iiq", table)):
+        at = start + offset
+        if at + 8 + key & ~3 == symbols["rsi_present"] and _symbol_at(symbols, at + code).startswith("kexec_report"):
+            branch = 0x14000000 | (target + 4 - code) // 4 & 0x3FFFFFF
+            gdb.write(at + code, branch.to_bytes(4, "little"), virtual=True)
+
+
+def _symbol_at(symbols: dict[str, int], address: int) -> str:
+    return max((value, name) for name, value in symbols.items() if value <= address)[1]
+
+
 def report_breaks(s: Scene) -> CutShort:
     s.patch(s.next, UDF)
     s.patch(s.find(0xD3492B40), UDF)  # ubfx x0, x26, #9, #2: it is about to name the vector
@@ -374,7 +428,7 @@ def written_to_16550(scene: Scene, ready: bool) -> tuple[str, bytes]:
     assert cell.uart
     base, (shift, width) = qemu.uart(cell.memory), cell.uart
     gdb.write(base, b"\xaa" * 64)
-    scene.put(base + (LSR << shift), THRE if ready else 0, width)
+    scene.put(base + (qemu.LSR << shift), qemu.THRE if ready else 0, width)
     status = gdb.read(base, 8)
     gdb.set_watch(base, 1)
     text, first = "", b""

@@ -27,7 +27,8 @@ SEED = b"kexec-lab payload"
 SCRIPTS = {"init": "init", "hello.awk": "hello.awk", "fetch": "bin/fetch", "motd": "etc/motd"}
 SELFTESTS = paths.ROOT / "tools/testing/selftests/kexec/arm64"
 # kload is the loader that lives in the tree, linked with a whole libc.
-TOOLS = {"kload": SELFTESTS / "inspect.c", "kpages": SOURCES / "kpages.c", "pattern": SOURCES / "pattern.c"}
+TOOLS = {"kload": SELFTESTS / "inspect.c", "kpages": SOURCES / "kpages.c", "pattern": SOURCES / "pattern.c",
+         "vms": SOURCES / "vms.c"}
 CFLAGS = ("-static", "-O2", "-Wall", "-Wextra", "-Werror")
 # Busybox commands; those that nothing here uses are for people in `shell`.
 APPLETS = """

@@ -169,6 +169,10 @@ class Scene:
     def put(self, address: int, value: int, size: int = 8) -> None:
         self.gdb.write(address, value.to_bytes(size, "little"))
 
+    def argument_of(self, name: str, size: int) -> int:
+        """One of the arguments in our control page."""
+        return self.word(self.args + self.stage.offsets[f"KEXEC_ARGS_{name}"], size)
+
     def argument(self, name: str, value: int, size: int) -> None:
         """Change one of the arguments in our control page."""
         self.put(self.args + self.stage.offsets[f"KEXEC_ARGS_{name}"], value, size)
@@ -241,10 +245,11 @@ class Events:
 class Stage:
     """A cell with the next kernel loaded, without KASLR, from `with` to the end of its block.
 
-    The scenes stop it before the reboot call is served, at the entry to the
-    control page, or while pages are moved. The latter two put the machine back to
-    an earlier time, so any number of them can follow each other. (Not so the
-    first: QEMU 7.2 does not put back the timers that a kernel uses at EL2.)
+    The scenes stop it before the reboot call is served, when everything is shut
+    down, at the entry to the control page, or while pages are moved. All but the
+    first put the machine back to an earlier time, so any number of them can follow
+    each other. (Not so the first: QEMU 7.2 does not put back the timers that a
+    kernel uses at EL2.)
     """
 
     def __init__(self, cell: Cell, built: Built, archives: Guest, name: str = "", loader: str = "load-nocheck",
@@ -290,11 +295,11 @@ class Stage:
         image = self._read("kexec_image")
         return Scene(self, int.from_bytes(self.gdb.read(image, 8, virtual=True), "little"))
 
-    def at_entry(self, panic: int) -> Scene:
-        """Everything is shut down, the PC is at the first instruction of the control page.
+    def at_end(self, panic: int) -> Scene:
+        """Everything is shut down, machine_kexec() is about to be called.
 
         `panic` is panic_timeout, in seconds. From the first time on, this is
-        all that the machine is good for, and copying().
+        all that the machine is good for, and at_entry() and copying().
         """
         if not self._saved:
             self.machine.sh("echo 0 >/proc/sys/kernel/panic")
@@ -306,6 +311,11 @@ class Stage:
         self.events.take()
         if panic:
             self.gdb.write(self.symbols["panic_timeout"], struct.pack("<i", panic), virtual=True)
+        return Scene(self, int.from_bytes(self.gdb.read(self.gdb.register("x0"), 8, virtual=True), "little"))
+
+    def at_entry(self, panic: int, first: Callable[[Scene], None] = lambda scene: None) -> Scene:
+        """The same, the PC is at the first instruction of the control page. `first` is done at_end()."""
+        first(self.at_end(panic))
         self._enter()
         return self._look()
 

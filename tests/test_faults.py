@@ -10,15 +10,20 @@ import pytest
 
 from conftest import LAB, Lab
 from lab import qemu
-from lab.cells import CELLS, Cell, core_only
+from lab.cells import BENCHED, CELLS, Cell, core_only
 from lab.crc import crc32c
-from lab.faults import (BEYOND, CALL, CALL_LIST, IN_PLACE, LIMIT, MACHINES, REFUSAL, REPORT, SERROR, SLOTS, UDF,
-                        Fault, Taken, at_slot, differences, differences_corrupt, serror_of, written_to_16550)
+from lab.downtime import measure
+from lab.faults import (BEYOND, CALL, CALL_LIST, IN_PLACE, LIMIT, MACHINES, NOTHING, REFUSAL, REPORT, SERROR, SLOTS,
+                        UDF, CutShort, Fault, Taken, at_slot, become_realm, differences, differences_corrupt,
+                        serror_in_kernel, serror_of, written_to_16550)
 from lab.handover import handover
 from lab.kload import Segment, kload
 from lab.stage import PAGE, PARK, Scene, Stage
 
 pytestmark = pytest.mark.faults
+
+PL011 = 0x09000000  # where QEMU has it
+SPOILT = "kexec: the image was overwritten while the system was shut down"
 
 on_every_machine = pytest.mark.cells(*(CELLS[name] for name in MACHINES))
 
@@ -93,6 +98,36 @@ def test_refused_in_place(cell: Cell, lab: Lab) -> None:
         assert stage.loaded.bytes_to_move == 0
         refused(stage, IN_PLACE)
         handover(stage.machine, "file")
+
+
+@on_every_machine
+def test_panics_in_place(cell: Cell, lab: Lab) -> None:
+    """What spoils such an image while the system is shut down ends in a panic, and in what panic= says."""
+    with new_stage(lab, cell, loader="file", name=f"faults.in-place.{cell.name}") as stage:
+        assert stage.loaded.bytes_to_move == 0
+        for panic in (0, 1):
+            scene = stage.at_end(panic)
+            expected = IN_PLACE.inject(scene)
+            outcome = stage.watch(scene, LIMIT / 2)
+            assert not differences_corrupt(expected, REFUSAL.search(outcome.text)), outcome.text[:600]
+            assert f"Kernel panic - not syncing: {SPOILT}" in outcome.text
+            assert not outcome.hello and outcome.reset == (panic != 0)
+
+        outcome = stage.watch(stage.at_end(0), 180)  # the flipped bit was all that was in its way
+        assert outcome.hello and outcome.hello["payload"] == stage.machine.guest.payload
+
+
+@pytest.mark.cells(CELLS["4k-va48-nvhe-a57"])
+def test_serror_in_place(cell: Cell, lab: Lab) -> None:
+    """An SError that waits while such an image is about to be entered is this kernel's, which reports it."""
+    with new_stage(lab, cell, loader="file", name=f"faults.in-place-serror.{cell.name}") as stage:
+        assert stage.loaded.bytes_to_move == 0
+        for panic in (0, 1):
+            scene = stage.at_end(panic)
+            serror_in_kernel(scene, "kexec_timing_leave")
+            outcome = stage.watch(scene, LIMIT / 2)
+            assert "Kernel panic - not syncing: Asynchronous SError Interrupt" in outcome.text, outcome.text[:600]
+            assert not outcome.hello and outcome.reset == (panic != 0)
 
 
 @on_every_machine
@@ -187,6 +222,37 @@ def test_reported_on_a_16550(cell: Cell, stages: Callable[[Cell], Stage]) -> Non
     assert scene.word(scene.gdb.register("pc"), 4) == PARK
 
 
+@pytest.mark.cells(*core_only([replace(one, name=f"{one.name}-unused") for one in UARTS], "4k-va48-vhe-16550-2-4"))
+def test_no_report_on_another_uart(cell: Cell, lab: Lab) -> None:
+    """A console elsewhere does not make the UART that firmware names one that may be written to."""
+    with new_stage(lab, cell, name=f"faults.unused-uart.{cell.name}") as stage:
+        stage.machine.sh("echo N >/sys/class/tty/ttyS0/console")
+        scene = stage.at_entry(0)
+        scene.patch(scene.next, UDF)
+        assert written_to_16550(scene, ready=True) == ("", b"")
+
+
+@on_every_machine
+def test_no_report_without_a_console(cell: Cell, lab: Lab) -> None:
+    """A UART that no console uses may have no clock: it is left alone, and the machine resets all the same."""
+    with new_stage(lab, cell, name=f"faults.no-console.{cell.name}") as stage:
+        stage.machine.sh("echo N >/sys/class/tty/ttyAMA0/console")
+        for panic in (0, 1):
+            scene = stage.at_entry(panic)
+            assert scene.argument_of("UART", 8) == 0
+            scene.patch(scene.next, UDF)
+            assert not differences(CutShort("spx sync", NOTHING), stage.watch(scene, LIMIT + 1), panic)
+
+
+@pytest.mark.parametrize("protected", (False, True))
+@on_every_machine
+def test_uart_of_a_realm(cell: Cell, protected: bool, stages: Callable[[Cell], Stage]) -> None:
+    """In a Realm a UART that the host emulates is written to at its shared address, one that was assigned is not."""
+    uart = stages(cell).at_entry(0).argument_of("UART", 8)
+    scene = stages(cell).at_entry(0, lambda scene: become_realm(scene, 39, protected))
+    assert uart == PL011 and scene.argument_of("UART", 8) == uart | (0 if protected else 1 << 39)
+
+
 @on_every_machine
 def test_without_a_fault(cell: Cell, stages: Callable[[Cell], Stage]) -> None:
     """All that is in the way of the next kernel here is the fault."""
@@ -206,6 +272,21 @@ def test_cost_before_shutdown(cell: Cell, lab: Lab) -> None:
         stage.machine.report(f"   check before shutdown, emulated: {per_mib * 1e3:.2f} ms per MiB, "
                              + ", ".join(f"{mib} MiB in {took * 1e3:.0f} ms" for mib, took in seconds.items()))
     assert per_mib < 0.01
+
+
+@pytest.mark.cells(BENCHED)
+def test_cost_after_shutdown(cell: Cell, lab: Lab) -> None:
+    """The check of what is in place executes a quarter of an instruction per byte: CRC32C, and little else."""
+    assert lab.guest
+    built, took = lab.kernels[cell.kernel], {}
+    for copied in (False, True):  # the latter has nothing in place that would be checked
+        one = measure("", built, lab.guest, copied)
+        assert one.said
+        took[copied] = one.said.shutdown_ms - one.shutdown  # from machine_kexec() to the end of shutdown
+    size = one.said.copied_mib
+    ms = took[False] - took[True]
+    lab.report(f"   check after shutdown: {ms:.1f} ms for {size} MiB, at one instruction per nanosecond")
+    assert 0.2 < ms / size < 0.4
 
 
 def seconds_to_check(stage: Stage, mib: int) -> float:

@@ -43,7 +43,7 @@ WAIVERS = (
     Waiver("LEADING_SPACE", r"\| \+  DEFINE\(", "the way asm-offsets.c is indented"),
     Waiver("DEFINE_ARCH_HAS", "'ARCH_HAS_KIMAGE_ARCH'", "the name by which linux/kexec.h asks for it"),
     Waiver("ARCH_INCLUDE_LINUX", r"\| \+#include <asm/kexec\.h>", "linux/kexec.h includes it with KEXEC_CORE only"),
-    Waiver("UNKNOWN_COMMIT_ID", "'(07d24902977e|9aec2fb0fd5e|9f0ec4b16f2b|aacd149b6238)'",
+    Waiver("UNKNOWN_COMMIT_ID", "'(07d24902977e|9aec2fb0fd5e|9f0ec4b16f2b|aacd149b6238|054698316d87)'",
            "they are mainline's, which the base has without its history"),
     Waiver("ENOSYS", r"arguments\.c|error == ENOSYS", "a test that asks whether there is such a system call"),
     Waiver("FILE_PATH_CHANGES", "", "MAINTAINERS covers arch/arm64/, Documentation/arch/arm64/ and "

@@ -4,25 +4,35 @@
  *
  * Beyond the point of no return there is no kernel that could look for a
  * console or call firmware. Which registers to write to, and how to reset, is
- * found when the image is loaded.
+ * found when the image is loaded; whether these registers may be written to,
+ * when it is executed.
  */
 
 #define pr_fmt(fmt) "kexec: " fmt
 
 #include <linux/acpi.h>
 #include <linux/cleanup.h>
+#include <linux/console.h>
 #include <linux/ioport.h>
 #include <linux/kexec.h>
 #include <linux/log2.h>
 #include <linux/minmax.h>
 #include <linux/of.h>
 #include <linux/of_address.h>
+#include <linux/pgtable.h>
 #include <linux/psci.h>
+#include <linux/serial_core.h>
 #include <linux/serial_reg.h>
+#include <linux/sizes.h>
 #include <linux/string.h>
+
+#include <asm/rsi.h>
 
 #define PL011_FR	0x18	/* UARTFR, bit 5: TXFF */
 #define UART_BIT	BIT(5)
+
+/* All registers that the report uses, of any kind of UART */
+#define UART_SIZE	SZ_64
 
 static void uart_is_pl011(struct kexec_control_args *args, u64 base)
 {
@@ -143,7 +153,7 @@ static u32 find_psci_acpi(void) { return 0; }
  *
  * The UART is the one that firmware names for the console: stdout-path of a
  * device tree, or the SPCR of ACPI [1]. Nothing is poked if that is of a kind
- * that is not known here.
+ * that is not known here, or if kexec_report_leave() finds no console on it.
  *
  * [1] Documentation/arch/arm64/arm-acpi.rst
  *
@@ -158,4 +168,69 @@ void kexec_report_init(struct kexec_control_args *args)
 		find_uart_acpi(args);
 		args->psci = find_psci_acpi();
 	}
+}
+
+#ifdef CONFIG_SERIAL_CORE_CONSOLE
+/* The registers of the UART that a console writes to, 0 if it is none */
+static resource_size_t console_uart(const struct console *con)
+{
+	const struct uart_driver *driver = con->data;
+	const struct uart_port *port;
+
+	/* That is what tells that @data is what it is taken for */
+	if (con->device != uart_console_device)
+		return 0;
+	if (!driver->state || con->index < 0 || con->index >= driver->nr)
+		return 0;
+
+	port = driver->state[con->index].uart_port;
+
+	return port ? port->mapbase : 0;
+}
+
+static bool console_on_uart(u64 uart)
+{
+	struct console *con;
+	bool found = false;
+	int cookie;
+
+	cookie = console_srcu_read_lock();
+	for_each_console_srcu(con) {
+		short flags = console_srcu_read_flags(con);
+
+		if (console_is_usable(con, flags, false) && console_uart(con) == uart)
+			found = true;
+	}
+	console_srcu_read_unlock(cookie);
+
+	return found;
+}
+#else
+static bool console_on_uart(u64 uart) { return false; }
+#endif
+
+/**
+ * kexec_report_leave() - the image is about to be entered: may the UART be used?
+ * @args: arguments in the control page; without the UART if it may not
+ *
+ * A UART that no console uses may be without a clock or power. An access to its
+ * registers can then stall the bus, and with it the CPU that was to reset the
+ * machine. One that a console writes to is powered for as long as that is
+ * enabled.
+ *
+ * Context: the last CPU that is online, exceptions masked. Can't fail.
+ */
+void kexec_report_leave(struct kexec_control_args *args)
+{
+	if (args->uart && !console_on_uart(args->uart))
+		args->uart = 0;
+
+	/*
+	 * A device that the host of a Realm emulates answers at its shared
+	 * address. The mappings of consoles have that; with the MMU off there is
+	 * nothing but the address.
+	 */
+	if (args->uart && is_realm_world() &&
+	    !arm64_rsi_is_protected(args->uart, UART_SIZE))
+		args->uart |= __pte_to_phys(__pte(PROT_NS_SHARED));
 }

@@ -278,6 +278,40 @@ static void segments_in_place(struct kunit *test)
 	KUNIT_EXPECT_EQ(test, kexec_verify(&m->image), -EIO);
 }
 
+/* Each segment is checked after shutdown, by machine_kexec() or by the control page */
+static void after_shutdown(struct kunit *test)
+{
+	struct made_up *m = test->priv;
+
+	add_cma_segment(test, 0);
+	add_segment(test, 1, SZ_1G, 2);
+	add_cma_segment(test, 2);
+	end_list(test);
+	if (no_crc(test))
+		return;
+
+	m->image.arch.relocate = true;
+	expect_right(test);
+	for (unsigned int n = 0; n < 3; n++) {
+		u8 *byte = m->source[n][0];
+
+		KUNIT_EXPECT_EQ(test, kexec_verify_in_place(&m->image), 0);
+		*byte ^= 1;
+		KUNIT_EXPECT_EQ_MSG(test, kexec_verify_in_place(&m->image),
+				    n == 1 ? 0 : -EIO, "segment %u", n);
+		*byte ^= 1;
+	}
+
+	/* A list that names what is in place has nobody else to check it */
+	m->image.arch.relocate = false;
+	KUNIT_EXPECT_EQ(test, kexec_verify_in_place(&m->image), 0);
+	*(u8 *)m->source[1][0] ^= 1;
+	KUNIT_EXPECT_EQ(test, kexec_verify_in_place(&m->image), -EIO);
+	*(u8 *)m->source[1][0] ^= 1;
+	*m->entry[1] ^= PAGE_SIZE;
+	KUNIT_EXPECT_EQ(test, kexec_verify_in_place(&m->image), -EIO);
+}
+
 static void nothing_to_move(struct kunit *test)
 {
 	struct made_up *m = test->priv;
@@ -292,8 +326,10 @@ static void nothing_to_move(struct kunit *test)
 	KUNIT_ASSERT_TRUE(test, m->image.arch.verify);
 	KUNIT_EXPECT_EQ(test, m->image.arch.crc[0], reference_of_segment(m, 0));
 	KUNIT_EXPECT_EQ(test, kexec_verify(&m->image), 0);
+	KUNIT_EXPECT_EQ(test, kexec_verify_in_place(&m->image), 0);
 	*(u8 *)m->source[0][0] ^= 0x80;
 	KUNIT_EXPECT_EQ(test, kexec_verify(&m->image), -EIO);
+	KUNIT_EXPECT_EQ(test, kexec_verify_in_place(&m->image), -EIO);
 }
 
 static void crash_images_are_not_verified(struct kunit *test)
@@ -308,6 +344,7 @@ static void crash_images_are_not_verified(struct kunit *test)
 	KUNIT_EXPECT_EQ(test, m->args.verify, 0);
 	*(u8 *)m->source[0][0] ^= 1;
 	KUNIT_EXPECT_EQ(test, kexec_verify(&m->image), 0);
+	KUNIT_EXPECT_EQ(test, kexec_verify_in_place(&m->image), 0);
 }
 
 static void a_flipped_bit_is_noticed(struct kunit *test)
@@ -447,6 +484,7 @@ static struct kunit_case kexec_verify_test_cases[] = {
 	KUNIT_CASE(all_segments_there_can_be),
 	KUNIT_CASE(segments_in_another_order),
 	KUNIT_CASE(segments_in_place),
+	KUNIT_CASE(after_shutdown),
 	KUNIT_CASE(nothing_to_move),
 	KUNIT_CASE(crash_images_are_not_verified),
 	KUNIT_CASE(a_flipped_bit_is_noticed),

@@ -17,6 +17,7 @@
 #include <linux/cpu.h>
 #include <linux/cpufeature.h>
 #include <linux/errno.h>
+#include <linux/irqflags.h>
 #include <linux/kexec.h>
 #include <linux/list.h>
 #include <linux/memblock.h>
@@ -31,6 +32,7 @@
 #include <linux/stdarg.h>
 #include <linux/string.h>
 
+#include <asm/barrier.h>
 #include <asm/daifflags.h>
 #include <asm/memory.h>
 #include <asm/sections.h>
@@ -484,6 +486,19 @@ void machine_kexec_resumed(void)
 }
 #endif /* CONFIG_HIBERNATION */
 
+/*
+ * An error that an access of this kernel, or of a device that it shut down, led
+ * to is not the next kernel's. Take it while there are vectors that report it;
+ * the control page does so by itself. Those that can be gone on after come back.
+ */
+static void kexec_take_serrors(void)
+{
+	dsb(sy);		/* what has not failed by now will not */
+	local_daif_restore(DAIF_PROCCTX_NOIRQ);
+	isb();			/* one that is pending is taken here */
+	local_daif_mask();
+}
+
 /**
  * machine_kexec_verify() - the image is to be executed: may it be?
  * @image: image that was loaded
@@ -520,6 +535,17 @@ void __nocfi machine_kexec(struct kimage *image)
 	WARN(crash && (stuck || smp_crash_stop_failed()),
 	     "Some CPUs may be stale, kdump will be unreliable.\n");
 
+	/*
+	 * Nothing is overwritten yet and this kernel is whole, so what is wrong
+	 * with the image can be told by a panic(). Interrupt handlers are the last
+	 * that could have written to it.
+	 */
+	if (!crash) {
+		local_irq_disable();
+		if (kexec_verify_in_place(image))
+			panic("kexec: the image was overwritten while the system was shut down\n");
+	}
+
 	pr_info("Bye!\n");
 
 	local_daif_mask();
@@ -532,6 +558,7 @@ void __nocfi machine_kexec(struct kimage *image)
 
 		/* What ends a fault reads it with the MMU off */
 		args->panic_timeout = panic_timeout;
+		kexec_report_leave(args);
 		kexec_timing_leave(image, args);
 		dcache_clean_inval_poc((unsigned long)args,
 				       (unsigned long)(args + 1));
@@ -545,6 +572,8 @@ void __nocfi machine_kexec(struct kimage *image)
 
 		restart = (void *)__pa_symbol(cpu_soft_restart);
 		kexec_timing_leave(image, NULL);
+		if (!crash)
+			kexec_take_serrors();
 		cpu_install_idmap();
 		restart(is_hyp_nvhe(), image->start, image->arch.dtb_mem, 0, 0);
 	}

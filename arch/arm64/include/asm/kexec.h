@@ -229,6 +229,7 @@ struct kexec_control_args {
 extern char kexec_fault[];
 
 void kexec_report_init(struct kexec_control_args *args);
+void kexec_report_leave(struct kexec_control_args *args);
 
 int machine_kexec_verify(const struct kimage *image);
 #define machine_kexec_verify machine_kexec_verify
@@ -236,10 +237,12 @@ int machine_kexec_verify(const struct kimage *image);
 #ifdef CONFIG_ARM64_KEXEC_VERIFY
 void kexec_verify_init(struct kimage *image, struct kexec_control_args *args);
 int kexec_verify(const struct kimage *image);
+int kexec_verify_in_place(const struct kimage *image);
 #else
 static inline void kexec_verify_init(struct kimage *image,
 				     struct kexec_control_args *args) { }
 static inline int kexec_verify(const struct kimage *image) { return 0; }
+static inline int kexec_verify_in_place(const struct kimage *image) { return 0; }
 #endif
 
 #ifdef CONFIG_KEXEC_FILE
