@@ -71,8 +71,8 @@ def touched(*suffixes: str) -> list[str]:
 
 
 def append(root: Path, text: str) -> str:
-    """Add `text` to an owned C file below `root`; returns its in-tree path."""
-    path = next(p for p in series.load(root=root).owned if p.startswith("arch/arm64/kernel/") and p.endswith(".c"))
+    """Add `text` to an owned C file below `root`, to which one patch alone belongs; returns its in-tree path."""
+    path = "arch/arm64/kernel/kexec_timing.c"
     with open(root / path, "a") as file:
         file.write(text)
     return path
@@ -191,8 +191,16 @@ def kernel_doc(top: Path, files: list[str]) -> list[str]:
     return [line for line in lines if not line.startswith("Info:")]
 
 
-def test_kernel_doc(patched: Path) -> None:
-    assert kernel_doc(patched, touched(".c", ".h")) == []
+def without_lines(complaints: list[str]) -> set[str]:
+    """Complaints, wherever in a file they are about, and without the line that counts them."""
+    return {re.sub(r":\d+", "", line) for line in complaints if not re.match(r"\d+ (errors|warnings)", line)}
+
+
+def test_kernel_doc(source: Source, patched: Path) -> None:
+    """Nothing that upstream's own copies of the files don't have."""
+    files = touched(".c", ".h")
+    upstream = [path for path in files if (source.tree / path).is_file()]
+    assert without_lines(kernel_doc(patched, files)) <= without_lines(kernel_doc(source.tree, upstream))
 
 
 def test_kernel_doc_finds_what_is_wrong(tmp_path: Path, patched: Path) -> None:
