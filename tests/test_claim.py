@@ -201,7 +201,7 @@ def test_watermarks_are_kept(machine: Machine) -> None:
     loaded = load(machine, "file")
     after = zones(machine)
     tell(machine, before, after)
-    assert loaded.bytes_to_move > size // 2  # a page may happen to be where it is to be
+    assert loaded.bytes_to_move  # what is copied may happen to have most of its pages where they are to be
     machine.sh(f"kexec -u; echo {old} >/proc/sys/vm/min_free_kbytes")
     loaded = load(machine, "file")
     assert loaded.bytes_to_move == 0

@@ -70,6 +70,6 @@ def test_the_real_configuration_drops_nothing_and_says_so_when_it_does(
     assert kconfig.parse(config.read_text())["ARM64_PA_BITS"] == "52"
 
     real = kconfig.wanted(kernel)
-    monkeypatch.setattr(kconfig, "wanted", lambda _: real | {"DRM_AMDGPU": "y"})
+    monkeypatch.setattr(kconfig, "wanted", lambda *_: real | {"DRM_AMDGPU": "y"})
     with pytest.raises(LabError, match="CONFIG_DRM_AMDGPU: asked for y, got n; depends on"):
         build.configure(kernel, source.tree, tmp_path / "dropped")

@@ -144,12 +144,15 @@ def test_aligned_in_cma(cell: Cell, machine: Machine) -> None:
 @in_cma_segments
 @pytest.mark.cells(*with_base(LOW))
 def test_limits_in_cma(cell: Cell, machine: Machine) -> None:
-    """Nothing is placed below the kernel, whatever room CMA has there."""
+    """Mainline places the device tree below the kernel, where CMA has room, although it says that it may not be there.
+
+    With the series it may be, as long as booting.rst permits it, and is found there.
+    """
     assert load_next(machine) == "0"
     parts = placed(machine)
     machine.report(f"   {cell.name}: {parts}")
     assert cma(machine)[1] <= parts["kernel"].mem
-    assert (parts["dtb"].mem >= parts["kernel"].end) == cell.kernel.patched
+    assert cell.kernel.patched or parts["dtb"].mem < parts["kernel"].mem
     since = len(machine.log())
     verify(machine, machine.exec(), since)
 
@@ -157,7 +160,7 @@ def test_limits_in_cma(cell: Cell, machine: Machine) -> None:
 @in_cma_segments
 @pytest.mark.cells(*with_base(SMALL))
 def test_cma_for_the_kernel_only(cell: Cell, machine: Machine) -> None:
-    """A kernel that gets room in CMA, and an initrd that does not: tried again without, and nothing is lost."""
+    """A kernel that gets room in CMA, and an initrd that does not: it goes elsewhere, and nothing is lost."""
     size = image_size(machine)
     assert has_room(machine, size)
     if not cell.kernel.patched:
@@ -167,7 +170,7 @@ def test_cma_for_the_kernel_only(cell: Cell, machine: Machine) -> None:
         return
     for _ in range(3):
         assert load_next(machine) == "0"
-        assert not in_cma(machine, placed(machine)["kernel"])
+        assert not in_cma(machine, placed(machine)["initrd"])
         unload(machine)
         assert has_room(machine, size)
     handover(machine, "file")
