@@ -61,6 +61,11 @@ def release() -> str:
     return ""
 
 
+def architecture() -> str:
+    """What Debian calls the architecture of this machine."""
+    return proc.run(["dpkg", "--print-architecture"]).stdout.decode().strip()
+
+
 def missing_packages(*features: str) -> list[str]:
     """The Debian packages of `features` that are not installed."""
     wanted = list(dict.fromkeys(p for f in features for p in FEATURES[f].packages))

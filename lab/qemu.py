@@ -49,8 +49,8 @@ def program(mte: bool) -> tuple[str, ...]:
         return (QEMU,)
     if version() >= WORKING_MTE:
         return (QEMU,)
-    arch = proc.run(["dpkg", "--print-architecture"]).stdout.decode().strip()
-    debs = apt.fetch(["qemu-system-arm", "qemu-system-common", "qemu-system-data"], arch, f"{host.release()}-backports")
+    debs = apt.fetch(["qemu-system-arm", "qemu-system-common", "qemu-system-data"], host.architecture(),
+                     f"{host.release()}-backports")
     home = paths.CACHE / debs["qemu-system-arm"].stem
     with lock.held(paths.CACHE / "lock", "the cache"):
         if not home.exists():

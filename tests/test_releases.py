@@ -36,8 +36,7 @@ def release(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def busybox(release: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """busybox of a release, for this machine's own architecture."""
-    arch = proc.run(["dpkg", "--print-architecture"]).stdout.decode().strip()
-    deb = apt.fetch(["busybox-static"], arch, release)["busybox-static"]
+    deb = apt.fetch(["busybox-static"], host.architecture(), release)["busybox-static"]
     folder = tmp_path_factory.mktemp(release)
     proc.run(["dpkg-deb", "-x", deb, folder])
     return next(path for path in folder.rglob("busybox") if path.parent.name == "bin")
