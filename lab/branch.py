@@ -228,11 +228,13 @@ def _named(read: Sequence[Patch], old: Series) -> list[Group]:
     covers = [patch for patch in read if not patch.diff]
     names = _match([(cover.subject, b"", ()) for cover in covers],
                    [(group.name.partition("-")[2], group.subject, b"", ()) for group in old.groups])
+    recipients = {group.name.partition("-")[2]: group.recipients for group in old.groups}
     groups: list[Group] = []
     for patch in read:
         if not patch.diff:
             body = patch.body.removeprefix(f"From: {patch.author}\n\n")
-            groups.append(Group(f"{len(groups) + 1}-{names.pop(0)}", patch.subject, body, ()))
+            name = names.pop(0)
+            groups.append(Group(f"{len(groups) + 1}-{name}", patch.subject, body, (), recipients.get(name, "")))
             continue
         if not groups:
             raise LabError(f"'{patch.subject}' stands in front of all cover letters",
@@ -327,6 +329,8 @@ def _write(old: Series, groups: Sequence[Group], final: Mapping[str, File | None
         shutil.rmtree(old.mails / group.name)
     for group in groups:
         _put(old.root / "series" / group.name / "cover-letter", File(f"{group.message}\n".encode()))
+        if group.recipients:
+            _put(old.root / "series" / group.name / series.RECIPIENTS, File(group.recipients.encode()))
         for patch in group.patches:
             _put(old.root / "series" / patch.name / "message", File(f"{patch.message}\n".encode()))
             _put(old.mails / f"{patch.name}.patch", File(b"\n" + patch.diff))

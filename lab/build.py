@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Container, Sequence
 
-from lab import base, host, kconfig, lock, paths, proc, say, tree
+from lab import base, host, kconfig, lock, paths, proc, say, series, tree, upto
 from lab.cells import Kernel
 from lab.errors import LabError
 
@@ -42,9 +42,18 @@ def build(kernel: Kernel, source: base.Source) -> Built:
             host.check_disk(host.DISK_MORE)
             host.check_memory()
         with say.phase(f"building kernel {kernel.name}"):
-            configure(kernel, srctree, objdir, overlay=source.base.config)
+            configure(kernel, srctree, objdir, _later(source), source.base.config)
             make(srctree, objdir, ["Image"], kernel.by_clang)
     return find(kernel, source)
+
+
+def _later(source: base.Source) -> set[str]:
+    """The options that groups add which this run is without."""
+    if not upto.chosen():
+        return set()
+    the_series = series.load(source.base)
+    return kconfig.of_series().keys() - series.options(
+        series.result(the_series, source.tree, the_series.count(upto.chosen())))
 
 
 def find(kernel: Kernel, source: base.Source) -> Built:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable, NoReturn
 
-from lab import base, bases, branch, build, cells, host, lock, mutants, paths, say, series, tree
+from lab import base, bases, branch, build, cells, host, lock, mutants, paths, recipients, say, series, tree, upto
 from lab.errors import LabError, UsageError
 from lab.kdump import CRASHES
 from lab.mutants import MUTANTS
@@ -40,6 +40,7 @@ examples:
   ./kexec-lab bench                        events and times beside mainline's
   ./kexec-lab fuzz --count 2000            random segments; a failure is made smaller and kept
   ./kexec-lab check -m handover            one kind of test; further words go to pytest
+  ./kexec-lab check --upto 1-fixes         the patches up to that group alone, and what can be tested of them
   ./kexec-lab check --all                  every cell: some hours of work
   ./kexec-lab shell                        a prompt in a guest with kexec-tools in it
   ./kexec-lab tree ~/linux-kexec           a patched kernel tree to build yourself
@@ -84,6 +85,8 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--jobs", type=int, metavar="N", default=host.guests_at_once(),
                        help="tests to run beside each other, each with a guest (default: as this machine can: "
                             "%(default)s)")
+    check.add_argument("--upto", metavar="GROUP",
+                       help="without the groups of patches behind this one, such as 1-fixes, and the tests that need them")
     _accel_option(check)
     _base_options(check)
     kdump = add("kdump", _module("kdump"), "crash a guest, save and check its dump")
@@ -132,6 +135,8 @@ def parser() -> argparse.ArgumentParser:
                        help="read that branch back: messages, order, owned files and patches/")
     where.add_argument("--record-base", action="store_true",
                        help="record the base's copies of the owned files in series/bases.json first")
+    where.add_argument("--recipients", action="store_true",
+                       help="ask the base's scripts/get_maintainer.pl who each group is mailed to, and write that down first")
     _base_options(regenerate)
     add("bases", _bases, "list the bases: kernel releases that the series is for")
     add("cells", _cells, "list the cells: kernels, and machines to run them on")
@@ -208,6 +213,8 @@ def _validate(args: argparse.Namespace) -> None:
             raise UsageError(f"the series has no patches for base {args.base}",
                              "it is there to be compared with: './kexec-lab bench --history'")
         os.environ[base.CHOSEN] = args.base
+    if getattr(args, "upto", None):
+        os.environ[upto.CHOSEN] = upto.find(args.upto)
     if getattr(args, "cell", None):
         cells.cell(args.cell)
     if getattr(args, "jobs", 1) < 1:
@@ -270,6 +277,10 @@ def _series(args: argparse.Namespace) -> int:
         for line in branch.back(the_series, source, args.from_) or ["nothing changed"]:
             say.info(line)
     else:
+        if args.recipients:
+            for name in recipients.write(the_series, source.tree):
+                say.info(f"series/{name}/{series.RECIPIENTS} changed")
+            the_series = series.load(source.base)
         changed = series.write(series.generate(the_series, source.tree), paths.ROOT / folder)
         say.info(f"{folder}/: " + (", ".join(changed) if changed else "nothing changed"))
     return 0

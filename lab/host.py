@@ -44,7 +44,7 @@ FEATURES: dict[str, Feature] = {
     "test": Feature(("python3-pytest", "python3-pytest-timeout", "python3-pytest-xdist"), ()),
     "plot": Feature(("gnuplot-nox",), ("gnuplot",)),
     "rootfs": Feature(("mmdebstrap", *_IDS), ("mmdebstrap", "unshare")),
-    "lint": Feature(("sparse", "perl", "patch"), ("sparse", "perl", "patch")),
+    "lint": Feature(("sparse", "perl", "patch", "dt-schema"), ("sparse", "perl", "patch", "dt-validate")),
 }
 
 

@@ -1,6 +1,7 @@
 """The series: what is mailed, in order, and the owned files as it leaves them.
 
     series/1-group/cover-letter         subject ("[RFC] " in front of it marks one), blank line, text
+    series/1-group/recipients           who it is mailed to, see lab/recipients.py
     series/1-group/0001-slug/message    subject, blank line, text
     patches/1-group/0001-slug.patch     the mail of that patch, and the one place where its diff is
 
@@ -32,6 +33,7 @@ from lab.errors import LabError
 IDENTITY = "Patch Series <series@localhost>"
 DATE = datetime(2026, 11, 20, 12, 0, 0, tzinfo=timezone.utc)
 RFC = "[RFC] "
+RECIPIENTS = "recipients"
 COVER_LETTER = "0000-cover-letter.txt"  # not *.patch: git am takes patches/*/*.patch
 KERNEL_FOLDERS = ("Documentation", "arch", "drivers", "include", "init", "kernel", "lib", "mm",
                   "samples", "scripts", "tools", "virt")
@@ -109,6 +111,7 @@ class Group:
     subject: str
     body: str
     patches: tuple[Patch, ...]
+    recipients: str = ""  # lines that begin with "To: " or "Cc: "
 
     @property
     def message(self) -> str:
@@ -126,6 +129,10 @@ class Series:
     @property
     def patches(self) -> tuple[Patch, ...]:
         return tuple(patch for group in self.groups for patch in group.patches)
+
+    def count(self, group: str) -> int:
+        """How many patches there are up to the last one of `group`."""
+        return sum(len(one.patches) for one in self.groups if one.name <= group)
 
     @property
     def mails(self) -> Path:
@@ -174,7 +181,9 @@ def _load_group(folder: Path, mails: Path) -> Group:
     patches = tuple(_load_patch(one, mails) for one in _numbered(folder))
     if not patches:
         raise LabError(f"series/{folder.name} has no patches in it")
-    return Group(folder.name, *read_message(folder / "cover-letter"), patches)
+    recipients = folder / RECIPIENTS
+    return Group(folder.name, *read_message(folder / "cover-letter"), patches,
+                 recipients.read_text() if recipients.is_file() else "")
 
 
 def _load_patch(folder: Path, mails: Path) -> Patch:
@@ -317,6 +326,12 @@ def result(series: Series, tree: Path, upto: int | None = None) -> Files:
     return files if upto is not None else files | _standing(series)
 
 
+def options(files: Files) -> set[str]:
+    """The configuration options in those of `files` that are called Kconfig."""
+    return {name for path, file in files.items() if file and os.path.basename(path).startswith("Kconfig")
+            for name in re.findall(r"^(?:menu)?config (\w+)", file.content.decode(), re.M)}
+
+
 def _standing(series: Series) -> Files:
     """The owned files as they stand in the repository."""
     return {path: read_if_there(series.root / path) for path in series.owned}
@@ -444,7 +459,8 @@ def generate(series: Series, tree: Path) -> dict[str, bytes]:
                 changes = repository.git(*DIFF, "--patch", trees[number - 1], trees[number])[1]
                 files[f"{patch.name}.patch"] = _mail(_subject(group, index, patch.subject), number, patch, changes)
             listing = "\n".join(f"  {patch.subject}" for patch in group.patches)
-            cover = Patch("", group.subject, f"{group.body}\n\nPatches ({count}):\n{listing}\n", b"")
+            recipients = f"\n{group.recipients}" if group.recipients else ""
+            cover = Patch("", group.subject, f"{group.body}\n\nPatches ({count}):\n{listing}\n{recipients}", b"")
             files[f"{group.name}/{COVER_LETTER}"] = _mail(
                 _subject(group, 0, group.subject), first, cover, repository.git(*DIFF, trees[first], trees[number])[1], "")
     return files

@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lab import base, lock, mutants, paths, proc, say, series
+from lab import base, lock, mutants, paths, proc, say, series, upto as part
 from lab.errors import LabError
 from lab.series import File
 
@@ -22,17 +22,20 @@ STATE = "overlay.json"  # beside the tree: the paths at which it is not the base
 
 def home(source: base.Source, variant: str = "") -> Path:
     """Where this checkout's tree on `source`, and the objects built from it, are cached."""
+    variant = variant or (part.VARIANT if part.chosen() else "")
     return paths.CACHE / "work" / f"{paths.CHECKOUT_ID}-{source.key}{variant}"
 
 
 def patched(source: base.Source, root: Path = paths.ROOT, upto: int | None = None, variant: str = "") -> Path:
-    """The tree with the first `upto` (all) patches applied; quick when nothing changed.
+    """The tree with the first `upto` (all, or those that were chosen: lab/upto.py) patches; quick when nothing changed.
 
     Raises LabError when the base's originals differ from the recorded ones, or
     when a patch does not apply.
     """
     the_series = series.load(source.base, root)
     base.check_originals(source, the_series.owned, root)
+    if part.chosen() and not variant:
+        upto = the_series.count(part.chosen())
     wanted = mutants.mutate(series.result(the_series, source.tree, upto))
     folder = home(source, variant)
     with lock.held(paths.CACHE / "lock", "the cache"):

@@ -15,7 +15,7 @@ from typing import Callable, ContextManager, Iterator
 
 import pytest
 
-from lab import base, build, cells, guest, host, lock, paths, say
+from lab import base, build, cells, guest, host, lock, paths, say, upto
 from lab.base import Source
 from lab.build import Built
 from lab.cells import Cell, Kernel
@@ -55,7 +55,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cells(*cells): the cells that a test may run on")
-    config.addinivalue_line("markers", "needs(*features): of lab.bases.FEATURES, without which a test is left out")
+    config.addinivalue_line("markers", "needs(*what): of lab.bases.FEATURES, or groups of patches, without which a test "
+                            "is left out")
     config.addinivalue_line("markers", "long: too long for a plain check, runs with --all")
     config.stash[HELD] = ExitStack()
     config.stash[SAID] = []
@@ -87,6 +88,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--all"):
         items[:] = [item for item in items if not item.get_closest_marker("long")]
     items[:] = on_this_base(items)
+    if upto.chosen():  # the rest was tested without a kernel, or with none of ours
+        items[:] = [item for item in items if isinstance(_cell(item), Cell) and _cell(item).kernel.patched]
     # Without cells in this run pytest leaves a parametrized test behind, to be skipped.
     items[:] = [item for item in items
                 if "cell" not in getattr(item, "fixturenames", ()) or isinstance(_cell(item), Cell)]
@@ -98,9 +101,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def on_this_base(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The tests that need nothing which the base lacks."""
+    """The tests that need nothing which the base, or this part of the series, lacks."""
     needs = [{feature for mark in item.iter_markers("needs") for feature in mark.args} for item in items]
-    lacks = set(base.source().base.lacks) if any(needs) else set()
+    assert not set().union(*needs) - set(upto.marks()), "a mark needs what there is not"
+    lacks = set(base.source().base.lacks) | upto.lacking() if any(needs) else set()
     return [item for item, features in zip(items, needs) if not features & lacks]
 
 

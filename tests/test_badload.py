@@ -12,7 +12,7 @@ from lab.handover import load, log_since, lost_memory, reserved_pages, taken_mem
 from lab.kload import IMAGE_SIZE, NO_CMA, Segment, call, file_statements, kload, statements
 from lab.machine import Machine
 
-pytestmark = pytest.mark.badload
+pytestmark = [pytest.mark.badload, pytest.mark.needs("arm64")]
 
 MIB = 1 << 20
 UART, GIC = 0x09000000, 0x08000000
@@ -274,6 +274,7 @@ def test_without_memory(cell: Cell, machine: Machine) -> None:
     verify(machine, machine.exec(), since)
 
 
+@pytest.mark.needs("claim")
 @pytest.mark.cells(CELLS["4k-va48-vhe-holes"])
 def test_without_memory_in_place(machine: Machine) -> None:
     """The same where memory is claimed, or copied to after all: what was claimed is given back."""

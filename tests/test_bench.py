@@ -17,7 +17,7 @@ from lab.cells import Cell
 from lab.plugin import Counts
 from lab.stage import PATIENCE, Stage
 
-pytestmark = pytest.mark.bench
+pytestmark = [pytest.mark.bench, pytest.mark.needs("arm64")]
 
 MIB = 1 << 20
 AT = 0x40200000
@@ -140,6 +140,7 @@ def test_other_blocks(cell: Cell, lab: Lab) -> None:
     assert (c.lines_fetched, c.lines_owned, c.bytes_stored) == (lines, 0, mib * MIB)
 
 
+@pytest.mark.needs("claim", "timing")
 @pytest.mark.cells(replace(bench.CELL, name="4k-va48-el1-downtime"))
 def test_downtime(cell: Cell, lab: Lab) -> None:
     """The phases as they are read off from outside are those that the next kernel tells; nothing copied takes no time."""

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import conftest
-from lab import cells
+from lab import cells, upto
 from lab.cells import A57, A72, CELLS, KERNELS, MAX, MAX_NOLPA2, VA_BITS, Cell, Kernel
 from lab.errors import UsageError
 
@@ -89,12 +89,33 @@ def test_an_unknown_name_is_answered_with_those_there_are() -> None:
     assert "64k-va52" in raised.value.hint
 
 
+def item(*marks: pytest.MarkDecorator) -> SimpleNamespace:
+    """As much of a test as on_this_base() looks at."""
+    return SimpleNamespace(iter_markers=lambda name: (one.mark for one in marks if one.name == name))
+
+
 @pytest.mark.parametrize("lacks, left", [((), True), (("cma-segments",), False), (("kho",), True)])
 def test_what_a_base_lacks_is_left_out(lacks: tuple[str, ...], left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conftest.base, "source", lambda: SimpleNamespace(base=SimpleNamespace(lacks=lacks)))
-
-    def item(*marks: pytest.MarkDecorator) -> SimpleNamespace:
-        return SimpleNamespace(iter_markers=lambda name: (one.mark for one in marks if one.name == name))
-
     there = [item(), item(pytest.mark.needs("cma-segments")), item(pytest.mark.needs("liveupdate"), pytest.mark.cells())]
     assert conftest.on_this_base(there) == (there if left else [there[0], there[2]])
+
+
+@pytest.mark.parametrize("group, left", [("", 4), ("1-fixes", 2), ("2-arm64", 3), ("6-tests", 4)])
+def test_what_needs_a_later_group_is_left_out(group: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(upto.CHOSEN, group)
+    monkeypatch.setattr(conftest.base, "source", lambda: SimpleNamespace(base=SimpleNamespace(lacks=())))
+    there = [item(), item(pytest.mark.needs("fixes")), item(pytest.mark.needs("arm64", "cma-segments")),
+             item(pytest.mark.needs("claim"), pytest.mark.needs("arm64"))]
+    assert conftest.on_this_base(there) == there[:left]
+    assert upto.has("arm64") == (left > 2)
+    with pytest.raises(AssertionError, match="what there is not"):
+        conftest.on_this_base([item(pytest.mark.needs("arm46"))])
+
+
+@pytest.mark.parametrize("name", ["2-arm64", "2", "arm64"])
+def test_a_group_is_found(name: str) -> None:
+    assert upto.find(name) == "2-arm64"
+    with pytest.raises(UsageError, match="no group is called 'arm46'") as raised:
+        upto.find("arm46")
+    assert "1-fixes 2-arm64" in raised.value.hint

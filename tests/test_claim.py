@@ -16,7 +16,7 @@ from lab.handover import Loaded, load, load_by_call, lost_memory, reserved_pages
 from lab.kload import MIB, NO_CMA
 from lab.machine import Machine
 
-pytestmark = [pytest.mark.handover, pytest.mark.needs("cma-segments")]
+pytestmark = [pytest.mark.handover, pytest.mark.needs("cma-segments", "claim")]
 
 # With 64K pages the page allocator gives away no less than what is in 512 MiB that are movable as a whole.
 LARGE = CELLS["64k-va52-nvhe"]

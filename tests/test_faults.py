@@ -20,7 +20,7 @@ from lab.handover import handover
 from lab.kload import Segment, kload
 from lab.stage import PAGE, PARK, Scene, Stage
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.needs("arm64")]
 
 PL011 = 0x09000000  # where QEMU has it
 SPOILT = "kexec: the image was overwritten while the system was shut down"
@@ -100,6 +100,7 @@ def test_refused_in_place(cell: Cell, lab: Lab) -> None:
         handover(stage.machine, "file")
 
 
+@pytest.mark.needs("claim")
 @on_every_machine
 def test_panics_in_place(cell: Cell, lab: Lab) -> None:
     """What spoils such an image while the system is shut down ends in a panic, and in what panic= says."""
@@ -117,6 +118,7 @@ def test_panics_in_place(cell: Cell, lab: Lab) -> None:
         assert outcome.hello and outcome.hello["payload"] == stage.machine.guest.payload
 
 
+@pytest.mark.needs("claim", "timing")
 @pytest.mark.cells(CELLS["4k-va48-nvhe-a57"])
 def test_serror_in_place(cell: Cell, lab: Lab) -> None:
     """An SError that waits while such an image is about to be entered is this kernel's, which reports it."""

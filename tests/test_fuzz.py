@@ -18,7 +18,7 @@ from lab.errors import LabError
 from lab.fuzz import CORPUS, Arena, Case, Piece, World, generate, judge, shrink
 from lab.stage import read_symbols
 
-pytestmark = pytest.mark.fuzz
+pytestmark = [pytest.mark.fuzz, pytest.mark.needs("arm64")]
 
 SEED = 20261121
 WORLD = World(4096, 1 << 30, (1 << 30) + (512 << 20), (1 << 30) + (2 << 20))

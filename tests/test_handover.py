@@ -14,6 +14,7 @@ pytestmark = pytest.mark.handover
 COVERED = ("4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1", "64k-va52-vhe", "64k-va52-nvhe", "64k-va52-el1")
 
 
+@pytest.mark.needs("arm64")
 @pytest.mark.cells(*(CELLS[name] for name in COVERED))
 def test_onto_the_running_kernel(machine: Machine, request: pytest.FixtureRequest) -> None:
     """Every page that the running kernel uses is overwritten: text, data, page tables, stacks."""

@@ -12,7 +12,7 @@ from typing import Callable, Iterator
 import pytest
 
 from conftest import Lab, name_of
-from lab import hibernate, kdump, module
+from lab import hibernate, kdump, module, upto
 from lab.cells import CELLS, HARDENED, Cell, core_only, each_with, on_base
 from lab.faults import SLOTS
 from lab.gdb import Gdb, options
@@ -92,23 +92,29 @@ def test_hardened(cell: Cell, share: int, start: Callable[[Cell], Machine]) -> N
     several(start(cell), 2, share)
 
 
-@pytest.mark.cells(*core_only(LONG, "4k-va48-vhe"))
+@pytest.mark.cells(*core_only(LONG, "4k-va48-vhe"), on_base(LONG[0]))
 def test_with_a_crash_kernel_loaded(cell: Cell, share: int, start: Callable[[Cell], Machine]) -> None:
-    """It is saved and restored with the rest, protected before and after, and comes up when it is needed."""
+    """It is saved and restored with the rest, protected before and after, and comes up when it is needed.
+
+    Mainline does not clean it, and does not save the page that VMCOREINFO is in: its dump can't be read.
+    """
     m = start(cell)
     module.put(m)
     loaded = kdump.load_crash_kernel(m, "load")
     segments = list(loaded.segments)
     hibernate.fill(m, 5, share)
     hibernate.cycle(m, 1, 5, share)
-    assert "crash image cleaned after hibernation" in m.sh("dmesg")
-    pages, faults = module.touch(m, "write", segments)
-    assert faults == pages > 0
-    (begin, end), = ranges_of(m.sh("cat /proc/iomem"), "Crash kernel")
-    _, faults = module.touch(m, "read", [(begin, end - begin)])
-    assert faults in (pages, pages + 1)  # and the page for VMCOREINFO
+    assert ("crash image cleaned after hibernation" in m.sh("dmesg")) == cell.kernel.patched
+    if cell.kernel.patched and upto.has("arm64"):
+        pages, faults = module.touch(m, "write", segments)
+        assert faults == pages > 0
+        (begin, end), = ranges_of(m.sh("cat /proc/iomem"), "Crash kernel")
+        _, faults = module.touch(m, "read", [(begin, end - begin)])
+        assert faults in (pages, pages + 1)  # and the page for VMCOREINFO
     crash_and_verify(m)
-    assert CRASHES["sysrq"][1] in m.sh("vmcore-dmesg /proc/vmcore", timeout=300)
+    said = m.sh("vmcore-dmesg /proc/vmcore 2>&1 || :", timeout=300)
+    m.report(f"   {cell.name}: vmcore-dmesg says '{said.strip().splitlines()[-1]}'")
+    assert (CRASHES["sysrq"][1] in said) == cell.kernel.patched
 
 
 # Machines and what is loaded there; in a plain check each loader.
@@ -122,14 +128,17 @@ def test_what_is_loaded_comes_back(cell: Cell, share: int, start: Callable[[Cell
     """It is cleaned to the PoC again, as nothing but caches (which are not emulated) may hold it, and is executed."""
     loader, m = LOADED[cell], start(cell)
     loaded = load(m, loader)
-    assert (loaded.bytes_to_move == 0) == (loader == "file" and "64k" not in cell.name)
+    if upto.has("claim"):
+        assert (loaded.bytes_to_move == 0) == (loader == "file" and "64k" not in cell.name)
     hibernate.fill(m, 7, share)
     hibernate.cycle(m, 1, 7, share)
-    assert f"loaded image cleaned after hibernation, {loaded.bytes_in_place} bytes in place" in m.sh("dmesg")
+    in_place = f", {loaded.bytes_in_place} bytes in place" if upto.has("timing") else ""
+    assert f"loaded image cleaned after hibernation{in_place}\n" in m.sh("dmesg")
     since = len(m.log())
     verify(m, m.exec(), since)
 
 
+@pytest.mark.needs("arm64")
 @pytest.mark.cells(LONG[0])
 def test_given_up(cell: Cell, start: Callable[[Cell], Machine]) -> None:
     """Hibernation that fails for want of swap leaves the crash kernel protected."""
@@ -158,6 +167,7 @@ FAULTY = [replace(hibernate.machine_for(CELLS[name], kaslr=False), name=f"{name}
           for name in ("4k-va48-vhe", "4k-va48-nvhe-a57", "4k-va48-el1", "64k-va52-el1")]
 
 
+@pytest.mark.needs("arm64")
 @pytest.mark.cells(*FAULTY)
 def test_fault_while_resuming(cell: Cell, lab: Lab, tmp_path: Path) -> None:
     """An exception on the way into the kernel that hibernated parks in its vector, beside the code that runs there."""
@@ -197,6 +207,7 @@ SIZES = {replace(cell, name=f"4k-va48-vhe-resume-{cell.memory}", core=cell.memor
 PEERS = {on_base(cell): None for cell in SIZES}
 
 
+@pytest.mark.needs("arm64")
 @pytest.mark.cells(*SIZES, *PEERS)
 def test_pages_that_resuming_takes(cell: Cell, lab: Lab, tmp_path: Path) -> None:
     """A few for page tables, whatever the memory; mainline takes one per 2 MiB."""

@@ -16,7 +16,7 @@ from lab.inspector import HEAD, RANGE, SIZE, Report, inspect, parse
 from lab.kload import Segment, kernel_base
 from lab.machine import Machine, find_complaints
 
-pytestmark = pytest.mark.inspector
+pytestmark = [pytest.mark.inspector, pytest.mark.needs("arm64")]
 
 MIB = 1 << 20
 

@@ -61,6 +61,7 @@ def stray_writes(m: Machine, loader: str) -> tuple[int, int]:
     return module.touch(m, "write", list(loaded.segments))
 
 
+@pytest.mark.needs("arm64")
 @pytest.mark.cells(*WRITTEN)
 def test_stray_writes_fault(cell: Cell, machine: Machine) -> None:
     """None lands, and the crash kernel is what it was."""
@@ -70,6 +71,7 @@ def test_stray_writes_fault(cell: Cell, machine: Machine) -> None:
     crash_and_verify(machine)
 
 
+@pytest.mark.needs("arm64")
 @pytest.mark.cells(ON)
 def test_a_stray_store_is_an_oops(machine: Machine) -> None:
     """What makes the system crash is reported as what it is, and what it aimed at is unharmed."""
@@ -89,6 +91,7 @@ def test_stray_writes_land_on_mainline(machine: Machine) -> None:
     assert pages > 0 and faults == 0
 
 
+@pytest.mark.needs("arm64")
 @pytest.mark.cells(BLOCKS)
 def test_a_map_of_blocks_is_left_alone(machine: Machine) -> None:
     """Where the linear map cannot be changed one line says so, once, and the rest works."""
@@ -100,6 +103,7 @@ def test_a_map_of_blocks_is_left_alone(machine: Machine) -> None:
     crash_and_verify(machine)
 
 
+@pytest.mark.needs("arm64")
 @pytest.mark.cells(*core_only((ON, ON_64K), "4k-va48-vhe"))
 def test_life_of_the_protection(machine: Machine) -> None:
     """Loaded, loaded again and unloaded, a hundred times: all of the reservation is readable, nothing is lost."""
@@ -134,6 +138,7 @@ def test_life_of_the_protection(machine: Machine) -> None:
     crash_and_verify(machine)
 
 
+@pytest.mark.needs("arm64")
 @pytest.mark.cells(ON)
 def test_a_failed_load_leaves_nothing_invalid(machine: Machine) -> None:
     """A crash kernel that can't be loaded takes the one before with it, as everywhere; no page stays invalid."""
@@ -186,6 +191,7 @@ def test_reservation(cell: Cell, machine: Machine) -> None:
     crash_and_verify(machine)
 
 
+@pytest.mark.needs("arm64")
 @pytest.mark.cells(ON)
 def test_over_the_reservation(machine: Machine) -> None:
     """An image may be sent to where the crash kernel waits: that one goes with the rest of the system."""

@@ -24,6 +24,7 @@ MACHINES = (
 SUITES = {"arm64_trans_pgd": (17, 91), "arm64_kexec_verify": (13, 13)}
 
 
+@pytest.mark.needs("tests")
 @pytest.mark.kunit
 @pytest.mark.timeout(900)
 @pytest.mark.cells(*(CELLS[name] for name in MACHINES))
@@ -43,6 +44,7 @@ def test_all_pass_at_boot(cell: Cell, lab: Lab) -> None:
                f"{kunit.seconds(console):.2f} s of the boot")
 
 
+@pytest.mark.needs("tests")
 @pytest.mark.kunit
 @pytest.mark.timeout(300)
 @pytest.mark.cells(CELLS["4k-va48-vhe"])

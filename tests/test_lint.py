@@ -43,8 +43,12 @@ WAIVERS = (
     Waiver("LEADING_SPACE", r"\| \+  DEFINE\(", "the way asm-offsets.c is indented"),
     Waiver("DEFINE_ARCH_HAS", "'ARCH_HAS_KIMAGE_ARCH'", "the name by which linux/kexec.h asks for it"),
     Waiver("ARCH_INCLUDE_LINUX", r"\| \+#include <asm/kexec\.h>", "linux/kexec.h includes it with KEXEC_CORE only"),
-    Waiver("UNKNOWN_COMMIT_ID", "'(07d24902977e|9aec2fb0fd5e|9f0ec4b16f2b|aacd149b6238|054698316d87)'",
+    Waiver("UNKNOWN_COMMIT_ID", "'(07d24902977e|efc2d0f20a9d|254a41c0ba05|1229384f5b85|9aec2fb0fd5e|9f0ec4b16f2b|aacd149b6238|"
+           "054698316d87)'",
            "they are mainline's, which the base has without its history"),
+    Waiver("MISSING_FIXES_TAG", r"-(virtio-mmio-irq|text-offset-wraps|no-cfi-check|ask-all-cpus|reserved-for-the-kernel|"
+           r"own-memory-is-no-lpi-table|clear-lpis-of-any-cpu|switch-lpis-off|no-kaslr-seed-for-nokaslr)\.patch",
+           "the base has no history that would tell which commit it is"),
     Waiver("ENOSYS", r"arguments\.c|error == ENOSYS", "a test that asks whether there is such a system call"),
     Waiver("FILE_PATH_CHANGES", "", "MAINTAINERS covers arch/arm64/, Documentation/arch/arm64/ and "
            "tools/testing/selftests/ as folders"),

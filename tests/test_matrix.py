@@ -30,6 +30,7 @@ def chain(m: Machine, loaders: Iterable[str] = LOADERS) -> list[Handover]:
     return done
 
 
+@pytest.mark.needs("arm64")
 @pytest.mark.handover
 @pytest.mark.matrix
 @pytest.mark.cells(*(CELLS[name] for name in PLAIN))
@@ -38,6 +39,7 @@ def test_every_loader_at_every_exception_level(machine: Machine) -> None:
         assert one.table_pages is not None and one.table_pages <= TABLES
 
 
+@pytest.mark.needs("arm64")
 @pytest.mark.matrix
 @pytest.mark.cells(*(cell for cell in CELLS.values() if cell.name not in PLAIN))
 def test_every_machine(cell: Cell, machine: Machine, request: pytest.FixtureRequest) -> None:

@@ -71,6 +71,7 @@ def stage(cell: Cell, lab: Lab) -> Iterator[Stage]:
         yield s
 
 
+@pytest.mark.needs("arm64")
 @pytest.mark.cells(*EFI)
 def test_a_fault_is_reported(stage: Stage) -> None:
     """On the UART that SPCR names; and the reset goes through the PSCI that the FADT tells about."""

@@ -208,6 +208,7 @@ def leave(m: Machine) -> None:
     m.generation += 1
 
 
+@pytest.mark.needs("lpi-tables")
 @pytest.mark.cells(PLAIN)
 def test_lpis_that_stay_on(stopped: tuple[Machine, Gdb], lab: Lab) -> None:
     """The tables are kept out of what is loaded, and are what every later kernel uses, whoever loads it."""

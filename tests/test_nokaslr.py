@@ -51,6 +51,7 @@ def test_kexec_tools_load_without_kaslr(cell: Cell, machine: Machine, by: str) -
     handover(machine, "load-nocheck")
 
 
+@pytest.mark.needs("claim")
 @pytest.mark.cells(OFF)
 def test_only_who_may_use_it_is_given_a_seed(machine: Machine, tmp_path: Path) -> None:
     """By kexec_file_load(), which looks for a word on the command line."""

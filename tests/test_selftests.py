@@ -32,6 +32,7 @@ def arguments(m: Machine) -> tuple[Ktap, Ktap]:
     return parse_ktap(text), parse_ktap(text, "# ")
 
 
+@pytest.mark.needs("tests")
 @pytest.mark.cells(*(CELLS[name] for name in NAMES))
 def test_arguments(cell: Cell, machine: Machine) -> None:
     """All that can be tried on a machine is as documented; nothing stays loaded."""
@@ -52,6 +53,7 @@ def test_arguments_on_mainline(machine: Machine) -> None:
     assert checks.complete and len(whole.failed) == 1
 
 
+@pytest.mark.needs("tests")
 @pytest.mark.cells(CELLS["4k-va48-vhe"])
 def test_an_image_that_is_loaded_is_left_alone(machine: Machine) -> None:
     """The tests would replace it: they skip themselves."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import toy
-from lab import base, build, kconfig, paths, proc, series, tree
+from lab import base, build, kconfig, paths, proc, recipients, series, tree
 from lab.base import Source
 from lab.cells import KERNELS
 from lab.errors import LabError
@@ -59,7 +58,7 @@ def test_what_was_edited_without_regenerating_is_found(source: Source, tmp_path:
     text = edited.read_text()
     edited.write_text(text.replace("crc_line - fold the 64 bytes", "crc_line - fold 64 bytes"))
     assert edited.read_text() != text
-    with pytest.raises(LabError, match="stale: .*verify-images.patch"):
+    with pytest.raises(LabError, match="stale: .*verify-while-copied.patch"):
         series.check(series.load(source.base, root), source.tree, exact=False)
     edited.write_text(text)
     message = root / "series" / patch.name / "message"
@@ -101,13 +100,6 @@ def test_git_am_applies_to_a_pristine_base(source: Source, tmp_path: Path, whole
         assert (series.read(repository / path) if file else None) == file, path
 
 
-def options_after(the_series: series.Series, source: Source, count: int) -> set[str]:
-    """The configuration options in the files that the first `count` patches touch."""
-    files = series.result(the_series, source.tree, count)
-    return {name for path, file in files.items() if file and os.path.basename(path).startswith("Kconfig")
-            for name in re.findall(r"^(?:menu)?config (\w+)", file.content.decode(), re.M)}
-
-
 # What no configuration of the laboratory's builds.
 ELSEWHERE = ("mm/memory_hotplug.c", "security/integrity/ima/ima_kexec.c")  # not in the configuration that is built here
 
@@ -131,7 +123,7 @@ def test_every_patch_builds_on_its_own(source: Source, request: pytest.FixtureRe
         for count, patch in enumerate(the_series.patches, 1):
             srctree = tree.patched(source, upto=count, variant="-steps")
             if count == 1 or any("Kconfig" in path for path in patch.touched):
-                later = kconfig.of_series().keys() - options_after(the_series, source, count)
+                later = kconfig.of_series().keys() - series.options(series.result(the_series, source.tree, count))
                 build.configure(KERNEL, srctree, objdir, later, source.base.config)
             if every:
                 build.make(srctree, objdir, ["Image"])
@@ -184,6 +176,30 @@ def test_messages() -> None:
 def test_messages_that_are_sent_back(subject: str, body: str) -> None:
     assert len(message_faults(subject, body)) == 1
     assert message_faults("arm64: kexec: Add tables", "Text.") == []
+
+
+# Recipients
+
+def test_recipients_are_those_that_the_script_names(source: Source) -> None:
+    the_series = series.load(source.base)
+    if is_recorded(source):
+        assert recipients.ask(the_series, source.tree) == {group.name: group.recipients for group in the_series.groups}
+    files = series.generate(the_series, source.tree)
+    for group in the_series.groups:
+        assert re.match(r"(?:To: .+@.+\n)+(?:Cc: .+@.+\n)+\Z", group.recipients), group.name
+        assert f"\n\n{group.recipients}\n" in files[f"{group.name}/{series.COVER_LETTER}"].decode()
+
+
+def test_recipients_by_role() -> None:
+    said = """Somebody <one@example.org> (maintainer:A (B/C))
+"Two, Too" <two@example.org> (supporter:KEYWORDS:Keyword:\\b(?i:x|y)\\b)
+Three <three@example.org> (reviewer:A)
+four@example.org (moderated list:A (B/C))
+five@example.org (open list)
+"""
+    assert recipients.lines(said) == (
+        'To: Somebody <one@example.org>\nTo: "Two, Too" <two@example.org>\n'
+        "Cc: Three <three@example.org>\nCc: four@example.org\nCc: five@example.org\n")
 
 
 # A toy series on a toy base: what goes wrong is named

@@ -19,7 +19,7 @@ from lab.machine import Machine
 from lab.stage import read_symbols
 from lab.timing import PROPERTY, Property, find, table
 
-pytestmark = pytest.mark.timing
+pytestmark = [pytest.mark.timing, pytest.mark.needs("timing")]
 
 NAMES = ("4k-va48-vhe", "4k-va48-nvhe", "4k-va48-el1", "4k-va48-vhe-cma", "64k-va52-vhe", "64k-va52-nvhe-a72")
 LINES = [replace(CELLS[name], name=f"{name}-timing") for name in NAMES]
