@@ -8,7 +8,6 @@ cover letters' text in patches/, and a test compares them with what the script s
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from lab import proc
@@ -17,31 +16,33 @@ from lab.series import RECIPIENTS, Series
 
 SCRIPT = "scripts/get_maintainer.pl"
 # Whoever has signed off changes of a file lately is not asked: the base has no history.
-OPTIONS = ("--no-git", "--no-git-fallback")
-ASKED = ("maintainer", "supporter")  # roles of those that a group is sent to; the others get a copy
+OPTIONS = ("--no-git", "--no-git-fallback", "--no-rolestats")
+# One kind at a time: who has two roles is given any of them.
+KINDS = {"maintainers": ("--no-r", "--no-l"), "reviewers": ("--no-m", "--no-l"), "lists": ("--no-m", "--no-r")}
 
 
 def ask(series: Series, tree: Path) -> dict[str, str]:
     """The recipients of each group, by its name, as MAINTAINERS in `tree` has them.
 
     They are those of all its patches, whose text is looked at as well as the
-    files that they touch. Raises LabError when the script fails, or names nobody.
+    files that they touch. Raises LabError when the script fails, or names no maintainer.
     """
     answers = {}
     for group in series.groups:
         mails = [series.mails / f"{patch.name}.patch" for patch in group.patches]
-        said = proc.run(["perl", tree / SCRIPT, *OPTIONS, *mails], cwd=tree).stdout.decode()
-        answers[group.name] = lines(said)
-        if not answers[group.name]:
+        said = {kind: proc.run(["perl", tree / SCRIPT, *OPTIONS, *only, *mails], cwd=tree).stdout.decode()
+                for kind, only in KINDS.items()}
+        if not said["maintainers"].strip():
             raise LabError(f"{SCRIPT} names nobody for {group.name}")
+        answers[group.name] = lines(**said)
     return answers
 
 
-def lines(said: str) -> str:
-    """What the script printed, "address (role)" a line, as lines of a cover letter."""
-    found = re.findall(r"^(.+?) \(((?:[a-z]+ )?[a-z]+)\b.*\)$", said, re.M)
-    to = [f"To: {address}\n" for address, role in found if role in ASKED]
-    return "".join(to + [f"Cc: {address}\n" for address, role in found if role not in ASKED])
+def lines(maintainers: str, reviewers: str, lists: str) -> str:
+    """What the script printed, an address a line, as lines of a cover letter: the same whatever the order."""
+    to = sorted(set(maintainers.splitlines()))
+    copies = sorted(set(reviewers.splitlines()) - set(to)) + sorted(set(lists.splitlines()))
+    return "".join([*(f"To: {one}\n" for one in to), *(f"Cc: {one}\n" for one in copies)])
 
 
 def write(series: Series, tree: Path) -> list[str]:
