@@ -123,6 +123,7 @@ def _create(folder: Path, source: Source) -> None:
         with paths.whole(folder) as new:
             proc.run(["cp", "-a", "--reflink=auto", source.tree, new])
             shutil.rmtree(new / ".git", ignore_errors=True)
+            _track_new_files(new)
             repository = _Repository(new)
             repository.git("init", "-q", f"--initial-branch={BRANCH}")
             repository.git("add", "--all", "--force")
@@ -132,6 +133,15 @@ def _create(folder: Path, source: Source) -> None:
                 repository.git("update-ref", name, commit)
             # 100,000 loose objects would have git collect garbage, for minutes, at the first rebase.
             repository.git("config", "gc.auto", "0")
+
+
+def _track_new_files(tree: Path) -> None:
+    """Debian's source packages have git ignore all that is new: `git add` would leave out the file that a patch adds."""
+    ignored = tree / ".gitignore"
+    if ignored.exists():
+        lines = ignored.read_text().splitlines(keepends=True)
+        ignored.unlink()  # the base may share it
+        ignored.write_text("".join(line for line in lines if line.strip() != "/*"))
 
 
 def _base_title(source: Source) -> str:

@@ -29,6 +29,7 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toys:
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     root, folder = tmp_path / "checkout", tmp_path / "branch"
     source = toy.make(tmp_path / "linux", root, STEPS)
+    (source.tree / ".gitignore").write_text("*.o\n/*\n!/debian/\n")  # as Debian has it
     branch.to(series.load(root=root), source, folder)
     return source, root, folder
 
@@ -63,7 +64,7 @@ def rebase(folder: Path, *edits: str) -> subprocess.CompletedProcess[str]:
 
 def amend(folder: Path, files: toy.Files, *options: str) -> None:
     toy.write(folder, files)
-    toy.git(folder, "add", "-A", "-f")
+    toy.git(folder, "add", "-A")
     toy.git(folder, "commit", "-q", "--amend", *(options or ("--no-edit",)))
 
 
@@ -142,7 +143,7 @@ def test_a_patch_in_the_middle_adds_a_file(toys: Toys) -> None:
     _, root, folder = toys
     assert rebase(folder, "2s/pick/edit/").returncode == 0
     toy.write(folder, {"arch/arm64/mm/more.c": "more\n"})
-    toy.git(folder, "add", "-A", "-f")
+    toy.git(folder, "add", "-A")
     toy.git(folder, "commit", "-q", "-m", "arm64: mm: Add more, and more\n\nThere was room.")
     toy.git(folder, "rebase", "--continue")
     assert back(toys) == ["1-toy/0002-add-more-and-more: new", "arch/arm64/mm/more.c: new"]
