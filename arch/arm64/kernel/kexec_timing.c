@@ -53,15 +53,17 @@ struct kexec_timing {
 } __packed __aligned(4);
 
 /* As libfdt has it: cells, so properties are aligned to 4 bytes only */
-static_assert(sizeof(struct kexec_timing) == 72);
+static_assert(sizeof(struct kexec_timing) == 88);
 
-/* When the reboot call began; one is under way at a time */
-static u64 kexec_timing_begun;
+/* Of the reboot call that is under way, counter ticks */
+static u64 kexec_timing_marks[KEXEC_TIMING_MARKS];
 
 /* What the previous kernel handed over; @frequency is 0 if it was nothing */
 static struct {
 	u64 frequency;
 	u64 begin;
+	u64 devices;
+	u64 cpus;
 	u64 shutdown;
 	u64 copied;
 	u64 in_place;
@@ -73,13 +75,14 @@ static struct {
 static u64 kexec_timing_init_at;
 
 /**
- * kexec_timing_begin() - the reboot call begins
+ * kexec_timing_mark() - the reboot call has come this far
+ * @mark: what has just ended; or KEXEC_TIMING_BEGIN
  *
  * Context: kexec lock held.
  */
-void kexec_timing_begin(void)
+void kexec_timing_mark(enum kexec_timing_mark mark)
 {
-	kexec_timing_begun = __arch_counter_get_cntvct();
+	kexec_timing_marks[mark] = __arch_counter_get_cntvct();
 }
 
 /**
@@ -150,7 +153,9 @@ void kexec_timing_leave(const struct kimage *image, struct kexec_control_args *a
 {
 	__be64 now = cpu_to_be64(__arch_counter_get_cntvct());
 	struct kexec_timing_values values = {
-		.begin		= cpu_to_be64(kexec_timing_begun),
+		.begin		= cpu_to_be64(kexec_timing_marks[KEXEC_TIMING_BEGIN]),
+		.devices	= cpu_to_be64(kexec_timing_marks[KEXEC_TIMING_DEVICES]),
+		.cpus		= cpu_to_be64(kexec_timing_marks[KEXEC_TIMING_CPUS]),
 		.shutdown	= now,
 		.copied		= cpu_to_be64(image->arch.bytes_to_move),
 		.in_place	= cpu_to_be64(image->arch.bytes_in_place),
@@ -212,6 +217,8 @@ void __init kexec_timing_scan(void *fdt, phys_addr_t fdt_phys)
 		return;
 
 	kexec_timing_past.begin = be64_to_cpu(timing.values.begin);
+	kexec_timing_past.devices = be64_to_cpu(timing.values.devices);
+	kexec_timing_past.cpus = be64_to_cpu(timing.values.cpus);
 	kexec_timing_past.shutdown = be64_to_cpu(timing.values.shutdown);
 	kexec_timing_past.copied = be64_to_cpu(timing.values.copied);
 	kexec_timing_past.in_place = be64_to_cpu(timing.values.in_place);
@@ -219,7 +226,9 @@ void __init kexec_timing_scan(void *fdt, phys_addr_t fdt_phys)
 	kexec_timing_past.copy_end = be64_to_cpu(timing.values.copy_end);
 
 	if (!kexec_timing_past.begin ||
-	    kexec_timing_past.begin > kexec_timing_past.shutdown ||
+	    kexec_timing_past.begin > kexec_timing_past.devices ||
+	    kexec_timing_past.devices > kexec_timing_past.cpus ||
+	    kexec_timing_past.cpus > kexec_timing_past.shutdown ||
 	    kexec_timing_past.shutdown > kexec_timing_past.copy_start ||
 	    kexec_timing_past.copy_start > kexec_timing_past.copy_end ||
 	    kexec_timing_past.copy_end > now ||
@@ -240,6 +249,11 @@ static u64 shutdown_us(void)
 	return microseconds(kexec_timing_past.begin, kexec_timing_past.shutdown);
 }
 
+static u64 cpus_us(void)
+{
+	return microseconds(kexec_timing_past.devices, kexec_timing_past.cpus);
+}
+
 /* From the end of shutdown: the switch of tables is a part of it */
 static u64 copy_us(void)
 {
@@ -254,6 +268,9 @@ static u64 startup_us(void)
 static int kexec_timing_show(struct seq_file *file, void *unused)
 {
 	seq_printf(file, "shutdown %llu us\n", shutdown_us());
+	seq_printf(file, "devices  %llu us\n",
+		   microseconds(kexec_timing_past.begin, kexec_timing_past.devices));
+	seq_printf(file, "cpus     %llu us\n", cpus_us());
 	seq_printf(file, "copy     %llu us\n", copy_us());
 	seq_printf(file, "copied   %llu bytes\n", kexec_timing_past.copied);
 	seq_printf(file, "in_place %llu bytes\n", kexec_timing_past.in_place);
@@ -270,19 +287,20 @@ DEFINE_SHOW_ATTRIBUTE(kexec_timing);
  */
 void kexec_timing_report(void)
 {
-	u64 shutdown, copy, startup, tenths;
+	u64 shutdown, cpus, copy, startup, tenths;
 
 	if (!kexec_timing_past.frequency)
 		return;
 
 	kexec_timing_init_at = __arch_counter_get_cntvct();
 	shutdown = shutdown_us();
+	cpus = cpus_us();
 	copy = copy_us();
 	startup = startup_us();
 	tenths = kexec_timing_past.copied * 10 / SZ_1M;
 
-	pr_info("shutdown %llu.%03llu ms, copied %llu.%llu MiB in %llu.%03llu ms, startup %llu.%03llu ms\n",
-		shutdown / 1000, shutdown % 1000, tenths / 10, tenths % 10,
-		copy / 1000, copy % 1000, startup / 1000, startup % 1000);
+	pr_info("shutdown %llu.%03llu ms (CPUs %llu.%03llu), copied %llu.%llu MiB in %llu.%03llu ms, startup %llu.%03llu ms\n",
+		shutdown / 1000, shutdown % 1000, cpus / 1000, cpus % 1000,
+		tenths / 10, tenths % 10, copy / 1000, copy % 1000, startup / 1000, startup % 1000);
 	debugfs_create_file("kexec_timing", 0400, NULL, NULL, &kexec_timing_fops);
 }

@@ -10,13 +10,22 @@
 
 #define pr_fmt(fmt) "kexec: " fmt
 
+#include <linux/atomic.h>
+#include <linux/bits.h>
 #include <linux/cpufeature.h>
+#include <linux/cpumask.h>
 #include <linux/crc32.h>
+#include <linux/crc32poly.h>
 #include <linux/irqflags.h>
 #include <linux/kexec.h>
+#include <linux/math.h>
+#include <linux/minmax.h>
 #include <linux/mm.h>
 #include <linux/sched.h>
+#include <linux/sizes.h>
+#include <linux/slab.h>
 #include <linux/uaccess.h>
+#include <linux/workqueue.h>
 
 /*
  * The CRC32C of the entries in the list, which stand in pages that may have
@@ -48,41 +57,75 @@ static u32 crc_of_list(const struct kimage *image, u64 *entries)
 	return crc;
 }
 
-static u32 crc_of_pages(u32 crc, const void *p, unsigned long bytes)
-{
-	/* A segment may have gigabytes */
-	for (; bytes; p += PAGE_SIZE, bytes -= PAGE_SIZE) {
-		crc = crc32c(crc, p, PAGE_SIZE);
-		if (!irqs_disabled())
-			cond_resched();
-	}
+/**
+ * struct segment_pages - the pages that a segment was loaded into, in order
+ * @image: image that the segment is a part of
+ * @n: number of the segment
+ * @entry: what comes next in the list, unless the segment is in place
+ * @found: the list has come to the segment
+ * @at: how far into the segment the next page is, bytes
+ */
+struct segment_pages {
+	const struct kimage *image;
+	unsigned long n;
+	const kimage_entry_t *entry;
+	bool found;
+	unsigned long at;
+};
 
-	return crc;
+static struct segment_pages pages_of_segment(const struct kimage *image, unsigned long n)
+{
+	return (struct segment_pages) {
+		.image	= image,
+		.n	= n,
+		.entry	= &image->head,
+	};
 }
 
-/*
- * Segment @n was not loaded where it will be executed: go through the list, of
- * which is known that it is what it was
- */
-static u32 crc_of_sources(const struct kimage *image, unsigned long n)
+/* The next page; NULL if the list, which has been verified, ends before */
+static void *next_page(struct segment_pages *pages)
 {
-	unsigned long left = image->segment[n].memsz;
-	const kimage_entry_t *ptr = &image->head;
+	unsigned long mem = pages->image->segment[pages->n].mem;
 	kimage_entry_t entry;
-	bool found = false;
-	u32 crc = ~0;
 
-	while (left && (entry = *ptr++) && !(entry & IND_DONE)) {
+	if (pages->image->segment_cma[pages->n]) {
+		pages->at += PAGE_SIZE;
+		return phys_to_virt(mem + pages->at - PAGE_SIZE);
+	}
+
+	while ((entry = *pages->entry) && !(entry & IND_DONE)) {
 		void *page = phys_to_virt(entry & PAGE_MASK);
 
+		pages->entry++;
 		if (entry & IND_INDIRECTION) {
-			ptr = page;
+			pages->entry = page;
 		} else if (entry & IND_DESTINATION) {
-			found = (entry & PAGE_MASK) == image->segment[n].mem;
-		} else if (found) {
-			crc = crc_of_pages(crc, page, PAGE_SIZE);
-			left -= PAGE_SIZE;
+			pages->found = (entry & PAGE_MASK) == mem;
+		} else if (pages->found) {
+			pages->at += PAGE_SIZE;
+			return page;
 		}
+	}
+
+	return NULL;
+}
+
+static void skip_pages(struct segment_pages *pages, unsigned long end)
+{
+	while (pages->at < end && next_page(pages))
+		;
+}
+
+/* What @crc becomes by the pages up to @end, bytes from the segment's start */
+static u32 crc_of_pages(u32 crc, struct segment_pages *pages, unsigned long end)
+{
+	void *page;
+
+	while (pages->at < end && (page = next_page(pages))) {
+		crc = crc32c(crc, page, PAGE_SIZE);
+		/* A segment may have gigabytes */
+		if (!irqs_disabled())
+			cond_resched();
 	}
 
 	return crc;
@@ -100,13 +143,9 @@ static bool may_change(const struct kimage *image, unsigned long n)
 
 static u32 crc_of_segment(const struct kimage *image, unsigned long n)
 {
-	const struct kexec_segment *segment = &image->segment[n];
+	struct segment_pages pages = pages_of_segment(image, n);
 
-	if (image->segment_cma[n])
-		return crc_of_pages(~0, phys_to_virt(segment->mem),
-				    segment->memsz);
-
-	return crc_of_sources(image, n);
+	return crc_of_pages(~0, &pages, image->segment[n].memsz);
 }
 
 /**
@@ -178,26 +217,124 @@ static int verify_list(const struct kimage *image)
 	return 0;
 }
 
-static int verify_segment(const struct kimage *image, unsigned long n)
+static int compare_crc(const struct kimage *image, unsigned long n, u32 crc)
 {
-	u32 crc;
-
-	if (may_change(image, n))
+	if (may_change(image, n) || crc == image->arch.crc[n])
 		return 0;
 
-	crc = crc_of_segment(image, n);
-	if (crc != image->arch.crc[n]) {
-		pr_err("segment %lu was overwritten: CRC32C at load %#x, now %#x\n",
-		       n, image->arch.crc[n], crc);
-		return -EIO;
+	pr_err("segment %lu was overwritten: CRC32C at load %#x, now %#x\n",
+	       n, image->arch.crc[n], crc);
+	return -EIO;
+}
+
+/* What a CPU takes of a segment at a time, bytes: pages of any size */
+#define SHARE	SZ_256K
+
+/*
+ * What CPUs work on together. The lock of kexec is held: there is one image.
+ *
+ * @next: how much of the segment has been taken, bytes, a multiple of SHARE
+ * @crc: the sum of what every CPU has found, and of what the CRC begins with
+ */
+static struct {
+	const struct kimage *image;
+	struct {
+		atomic_long_t next;
+		atomic_t crc;
+	} segment[KEXEC_SEGMENT_MAX];
+} shared;
+
+/* The product of two polynomials modulo that of CRC32C. Bit 31 is the factor of x^0. */
+static u32 crc32c_multiply(u32 a, u32 b)
+{
+	u32 product = 0;
+
+	for (; a; a <<= 1) {
+		if (a & BIT(31))
+			product ^= b;
+		b = (b >> 1) ^ (b & 1 ? CRC32C_POLY_LE : 0);
 	}
 
-	return 0;
+	return product;
+}
+
+/* What @crc becomes by @bytes of zeroes: each multiplies it by x^8 */
+static u32 crc32c_zeroes(u32 crc, unsigned long bytes)
+{
+	u32 power = BIT(31 - 8);
+
+	for (; bytes; bytes >>= 1) {
+		if (bytes & 1)
+			crc = crc32c_multiply(crc, power);
+		power = crc32c_multiply(power, power);
+	}
+
+	return crc;
+}
+
+/*
+ * CRCs are linear: that of a segment is the sum of those of its parts, each with
+ * zeroes in the place of what follows, if they begin with 0 instead of ~0.
+ */
+static void work_on_shares(struct work_struct *unused)
+{
+	const struct kimage *image = shared.image;
+	unsigned long i, start, end, size;
+
+	for (i = 0; i < image->nr_segments; i++) {
+		struct segment_pages pages = pages_of_segment(image, i);
+
+		size = image->segment[i].memsz;
+		while ((start = atomic_long_fetch_add(SHARE, &shared.segment[i].next)) < size) {
+			end = min(start + SHARE, size);
+			skip_pages(&pages, start);
+			atomic_xor(crc32c_zeroes(crc_of_pages(0, &pages, end), size - end),
+				   &shared.segment[i].crc);
+		}
+	}
+}
+
+/*
+ * Nobody is waited for who has not begun: a CPU may have other things to do, and
+ * this one does all the work if it has to.
+ */
+static void share_work(const struct kimage *image)
+{
+	unsigned long i, helpers = 0;
+	struct work_struct *work;
+
+	shared.image = image;
+	for (i = 0; i < image->nr_segments; i++) {
+		unsigned long size = image->segment[i].memsz;
+
+		atomic_long_set(&shared.segment[i].next, 0);
+		atomic_set(&shared.segment[i].crc, crc32c_zeroes(~0, size));
+		helpers += DIV_ROUND_UP(size, SHARE);
+	}
+
+	helpers = clamp(helpers, 1, num_online_cpus()) - 1;
+	work = kmalloc_array(helpers, sizeof(*work), GFP_KERNEL | __GFP_NOWARN);
+	if (!work)
+		helpers = 0;
+
+	for (i = 0; i < helpers; i++) {
+		INIT_WORK(&work[i], work_on_shares);
+		queue_work(system_dfl_wq, &work[i]);
+	}
+
+	work_on_shares(NULL);
+
+	for (i = 0; i < helpers; i++)
+		cancel_work_sync(&work[i]);
+
+	kfree(work);
 }
 
 /**
  * kexec_verify() - is the image still what was loaded?
  * @image: image that is about to be executed
+ *
+ * All CPUs that have nothing else to do take a share.
  *
  * Context: process context, kexec lock held, before anything is shut down.
  *
@@ -212,8 +349,12 @@ int kexec_verify(const struct kimage *image)
 		return 0;
 
 	ret = verify_list(image);
+	if (ret)
+		return ret;
+
+	share_work(image);
 	for (i = 0; !ret && i < image->nr_segments; i++)
-		ret = verify_segment(image, i);
+		ret = compare_crc(image, i, atomic_read(&shared.segment[i].crc));
 
 	return ret;
 }
@@ -241,7 +382,7 @@ int kexec_verify_in_place(const struct kimage *image)
 		ret = verify_list(image);
 	for (i = 0; !ret && i < image->nr_segments; i++) {
 		if (!passes_through(image, i))
-			ret = verify_segment(image, i);
+			ret = compare_crc(image, i, crc_of_segment(image, i));
 	}
 
 	return ret;

@@ -15,7 +15,7 @@
 #include <linux/mm.h>
 #include <linux/random.h>
 
-#define PAGES	64
+#define PAGES	160
 #define ENTRIES	(PAGE_SIZE / sizeof(kimage_entry_t))
 
 /* The list goes on in another page after so many entries, to have several */
@@ -332,6 +332,28 @@ static void nothing_to_move(struct kunit *test)
 	KUNIT_EXPECT_EQ(test, kexec_verify_in_place(&m->image), -EIO);
 }
 
+/* More than one CPU takes at a time, and an end that is less: each has its place in the sum */
+static void many_shares(struct kunit *test)
+{
+	struct made_up *m = test->priv;
+	unsigned int pages = 2 * SZ_256K / PAGE_SIZE + 3;
+
+	add_segment(test, 0, SZ_1G, pages);
+	add_segment(test, 1, SZ_2G, 1);
+	end_list(test);
+	if (no_crc(test))
+		return;
+
+	expect_right(test);
+	for (unsigned int i = 0; i < pages; i++) {
+		u8 *byte = m->source[0][i] + i;
+
+		*byte ^= 1;
+		KUNIT_EXPECT_EQ_MSG(test, kexec_verify(&m->image), -EIO, "page %u", i);
+		*byte ^= 1;
+	}
+}
+
 static void crash_images_are_not_verified(struct kunit *test)
 {
 	struct made_up *m = test->priv;
@@ -486,6 +508,7 @@ static struct kunit_case kexec_verify_test_cases[] = {
 	KUNIT_CASE(segments_in_place),
 	KUNIT_CASE(after_shutdown),
 	KUNIT_CASE(nothing_to_move),
+	KUNIT_CASE(many_shares),
 	KUNIT_CASE(crash_images_are_not_verified),
 	KUNIT_CASE(a_flipped_bit_is_noticed),
 	KUNIT_CASE(exchanged_pages_are_noticed),

@@ -14,7 +14,7 @@
 #include <linux/align.h>
 #include <linux/build_bug.h>
 #include <linux/cacheflush.h>
-#include <linux/cpu.h>
+#include <linux/cpu_pm.h>
 #include <linux/cpufeature.h>
 #include <linux/errno.h>
 #include <linux/irqflags.h>
@@ -119,13 +119,13 @@ static int kexec_check_segments(const struct kimage *image)
 			continue;
 
 		if (nomap) {
-			pr_err("segment %lu: %pa-%pa has memory that firmware keeps (no-map)\n",
-			       i, &start, &end);
-			return -EACCES;
+			return kexec_refuse(-EACCES,
+					    "segment %lu: %pa-%pa has memory that firmware keeps (no-map)",
+					    i, &start, &end);
 		}
 
-		pr_err("segment %lu: %pa-%pa is not all memory\n", i, &start, &end);
-		return -EADDRNOTAVAIL;
+		return kexec_refuse(-EADDRNOTAVAIL, "segment %lu: %pa-%pa is not all memory",
+				    i, &start, &end);
 	}
 
 	if (!kexec_is_destination(image, image->start, 4))
@@ -141,11 +141,11 @@ static int kexec_check_segments(const struct kimage *image)
 static int kexec_check_cmdline(const struct kimage *image)
 {
 #ifdef CONFIG_KEXEC_FILE
-	if (image->cmdline_buf_len > COMMAND_LINE_SIZE) {
-		pr_err("a command line of %lu bytes: no more than %d reach the next kernel\n",
-		       image->cmdline_buf_len, COMMAND_LINE_SIZE);
-		return -E2BIG;
-	}
+	/* Both count the NUL at the end */
+	if (image->cmdline_buf_len > COMMAND_LINE_SIZE)
+		return kexec_refuse(-E2BIG,
+				    "a command line of %lu characters, of which an arm64 kernel takes %d at most",
+				    image->cmdline_buf_len - 1, COMMAND_LINE_SIZE - 1);
 #endif
 	return 0;
 }
@@ -164,9 +164,10 @@ int machine_kexec_prepare(struct kimage *image)
 {
 	int ret;
 
-	if (image->type != KEXEC_TYPE_CRASH && cpus_are_stuck_in_kernel()) {
-		pr_err("this kernel can't be replaced: %s\n", cpus_stuck_reason());
-		return -EBUSY;
+	if (image->type != KEXEC_TYPE_CRASH) {
+		ret = kexec_check_cpus();
+		if (ret)
+			return ret;
 	}
 
 	ret = kexec_check_segments(image);
@@ -362,28 +363,25 @@ static int kexec_check_pages(const struct kimage *image)
 			dest += PAGE_SIZE;
 		}
 
-		if (clash) {
-			pr_err("page %pa is still needed while it is overwritten\n",
-			       &addr);
-			return -EADDRINUSE;
-		}
+		if (clash)
+			return kexec_refuse(-EADDRINUSE,
+					    "page %pa is still needed while it is overwritten",
+					    &addr);
 
 		if (entry & (IND_INDIRECTION | IND_SOURCE) &&
-		    !memblock_is_map_memory(addr)) {
-			pr_err("page %pa is in memory that relocation does not map\n",
-			       &addr);
-			return -EADDRNOTAVAIL;
-		}
+		    !memblock_is_map_memory(addr))
+			return kexec_refuse(-EADDRNOTAVAIL,
+					    "page %pa is in memory that relocation does not map",
+					    &addr);
 	}
 
 	list_for_each_entry(page, &image->control_pages, lru) {
 		phys_addr_t addr = page_to_phys(page);
 		phys_addr_t size = PAGE_SIZE << page_private(page);
 
-		if (kexec_is_destination(image, addr, size)) {
-			pr_err("control page %pa would be overwritten\n", &addr);
-			return -EADDRINUSE;
-		}
+		if (kexec_is_destination(image, addr, size))
+			return kexec_refuse(-EADDRINUSE,
+					    "control page %pa would be overwritten", &addr);
 	}
 
 	return 0;
@@ -428,12 +426,10 @@ int machine_kexec_post_load(struct kimage *image)
 	if (!ret)
 		ret = trans_pgd_create_idmap(&idmap, virt_to_phys(page),
 					     PAGE_ALIGN(KEXEC_CONTROL_PAGE_SIZE));
-	if (ret) {
-		pr_err("no transitional page tables: error %d after %u of %u pages\n",
-		       ret, linear.nr_pages + idmap.nr_pages,
-		       kexec_count_tables(virt_to_phys(page)));
-		return ret;
-	}
+	if (ret)
+		return kexec_refuse(ret, "no transitional page tables, but %u of %u pages",
+				    linear.nr_pages + idmap.nr_pages,
+				    kexec_count_tables(virt_to_phys(page)));
 
 	kexec_info("%u table pages\n", linear.nr_pages + idmap.nr_pages);
 
@@ -509,7 +505,7 @@ static void kexec_take_serrors(void)
  */
 int machine_kexec_verify(const struct kimage *image)
 {
-	kexec_timing_begin();
+	kexec_timing_mark(KEXEC_TIMING_BEGIN);
 
 	return kexec_verify(image);
 }
@@ -521,27 +517,34 @@ int machine_kexec_verify(const struct kimage *image)
  * The code that is called here has no type hash in front of it that CFI could
  * check: the control page begins with it, and the identity map may.
  *
- * Context: the last CPU that is online, or the crashing one; devices are shut
- * down. Does not return.
+ * Context: process context on the CPU that stays, devices shut down, CPU hotplug
+ * disabled; or the crashing CPU. Does not return.
  */
 void __nocfi machine_kexec(struct kimage *image)
 {
 	bool crash = image == kexec_crash_image;
 	bool stuck = cpus_are_stuck_in_kernel();
 
-	/* A CPU may have got stuck, or come online, after the image was loaded */
-	if (!crash && (stuck || num_online_cpus() > 1))
-		panic("kexec: CPUs are still in the kernel that is to be overwritten\n");
 	WARN(crash && (stuck || smp_crash_stop_failed()),
 	     "Some CPUs may be stale, kdump will be unreliable.\n");
 
-	/*
-	 * Nothing is overwritten yet and this kernel is whole, so what is wrong
-	 * with the image can be told by a panic(). Interrupt handlers are the last
-	 * that could have written to it.
-	 */
 	if (!crash) {
+		/* A CPU may have got stuck, or come online, after the image was loaded */
+		if (stuck)
+			panic("kexec: this kernel can't be replaced: %s\n",
+			      cpus_stuck_reason());
+		kexec_timing_mark(KEXEC_TIMING_DEVICES);
+		kexec_stop_cpus();
+		kexec_timing_mark(KEXEC_TIMING_CPUS);
+
+		/*
+		 * Nothing is overwritten yet and this kernel is whole, so what is
+		 * wrong with the image can be told by a panic(). Interrupt handlers,
+		 * and the interrupt controller itself, are the last that could have
+		 * written to it.
+		 */
 		local_irq_disable();
+		machine_kexec_shutdown_irqchip();
 		if (kexec_verify_in_place(image))
 			panic("kexec: the image was overwritten while the system was shut down\n");
 	}
@@ -549,6 +552,9 @@ void __nocfi machine_kexec(struct kimage *image)
 	pr_info("Bye!\n");
 
 	local_daif_mask();
+	/* As the other CPUs did, and for what they share with this one */
+	if (!crash)
+		cpu_pm_enter();
 
 	/* Neither way returns */
 	if (image->arch.relocate) {

@@ -301,6 +301,7 @@ CPU_BE(	mov	x0, x18		)
 	pre_disable_mmu_workaround
 	msr	sctlr_el1, x9
 	isb				// fetch from the physical address now
+	clear_tcr2 x9
 
 	cbz	x27, .Lenter
 	mov	x0, #HVC_SOFT_RESTART	// served by our own vectors

@@ -160,6 +160,8 @@ struct kexec_control_crc {
 /**
  * struct kexec_timing_values - when and how much, as the device tree has it
  * @begin: the reboot call began, ticks of CNTVCT_EL0
+ * @devices: the image was verified, and devices were shut down
+ * @cpus: all other CPUs were off
  * @shutdown: the system was shut down
  * @copied: how much was not where it is executed, bytes
  * @in_place: how much was, bytes
@@ -168,6 +170,8 @@ struct kexec_control_crc {
  */
 struct kexec_timing_values {
 	__be64 begin;
+	__be64 devices;
+	__be64 cpus;
 	__be64 shutdown;
 	__be64 copied;
 	__be64 in_place;
@@ -228,6 +232,9 @@ struct kexec_control_args {
 
 extern char kexec_fault[];
 
+int kexec_check_cpus(void);
+void kexec_stop_cpus(void);
+
 void kexec_report_init(struct kexec_control_args *args);
 void kexec_report_leave(struct kexec_control_args *args);
 
@@ -245,11 +252,19 @@ static inline int kexec_verify(const struct kimage *image) { return 0; }
 static inline int kexec_verify_in_place(const struct kimage *image) { return 0; }
 #endif
 
+/* What takes the time of a shutdown, by its end */
+enum kexec_timing_mark {
+	KEXEC_TIMING_BEGIN,
+	KEXEC_TIMING_DEVICES,
+	KEXEC_TIMING_CPUS,
+	KEXEC_TIMING_MARKS,
+};
+
 #ifdef CONFIG_KEXEC_FILE
 /* What struct kexec_timing takes in a device tree: value, name and header */
 #define KEXEC_TIMING_FDT_SIZE	128
 
-void kexec_timing_begin(void);
+void kexec_timing_mark(enum kexec_timing_mark mark);
 int kexec_timing_add(const struct kimage *image, void *fdt);
 void kexec_timing_locate(struct kimage *image);
 void kexec_timing_leave(const struct kimage *image,
@@ -258,7 +273,7 @@ void kexec_timing_scan(void *fdt, phys_addr_t fdt_phys);
 void kexec_timing_report(void);
 #define kexec_timing_report kexec_timing_report
 #else
-static inline void kexec_timing_begin(void) { }
+static inline void kexec_timing_mark(enum kexec_timing_mark mark) { }
 static inline void kexec_timing_leave(const struct kimage *image,
 				      struct kexec_control_args *args) { }
 static inline void kexec_timing_scan(void *fdt, phys_addr_t fdt_phys) { }
@@ -280,7 +295,8 @@ int arch_kimage_file_post_load_cleanup(struct kimage *image);
 
 int load_other_segments(struct kimage *image, unsigned long kernel_load_addr,
 			unsigned long kernel_size, char *initrd,
-			unsigned long initrd_len, char *cmdline);
+			unsigned long initrd_len, char *cmdline,
+			const char **part);
 #endif
 
 #endif /* __ASSEMBLER__ */

@@ -31,6 +31,27 @@ struct header {
 
 #define MAGIC		0x644d5241
 
+/* The parts of a PE header, as an Image has it, that tell the size of the file */
+struct pe {
+	uint32_t magic;
+	uint16_t machine;
+	uint16_t nr_sections;
+	uint32_t no_matter[3];
+	uint16_t optional_size;
+	uint16_t flags;
+	struct pe_section {
+		char name[8];
+		uint32_t memory_size;
+		uint32_t address;
+		uint32_t size;
+		uint32_t offset;
+		uint32_t nothing[4];
+	} section[2];
+};
+
+#define MZ		0x5a4d
+#define PE		0x4550
+
 static struct extent ram[MAX_EXTENTS], nomap[MAX_EXTENTS];
 static int nr_ram, nr_nomap;
 static unsigned long page, memory, good;
@@ -263,7 +284,53 @@ static int load_image(const struct header *header, size_t size)
 	return got;
 }
 
-#define FILE_CHECKS 15
+/* The errno for an Image with a second section of @size bytes at @offset of its file */
+static int load_pe(unsigned int nr_sections, uint32_t offset, uint32_t size, size_t file_size)
+{
+	static struct {
+		struct header header;
+		struct pe pe;
+		char rest[IMAGE_BYTES - sizeof(struct header) - sizeof(struct pe)];
+	} image;
+	int fd, got;
+
+	image.header = good_header();
+	image.header.code[0] = MZ;
+	image.header.pe_offset = sizeof(image.header);
+	image.pe = (struct pe) {
+		.magic = PE,
+		.nr_sections = nr_sections,
+		.section = {
+			{ .size = 512, .offset = 512 },
+			{ .size = size, .offset = offset },
+		},
+	};
+	fd = make_file(&image, file_size);
+	if (fd < 0)
+		return errno;
+	got = load_file(fd, "", 1, 0);
+	close(fd);
+	return got;
+}
+
+static void test_cut_images(void)
+{
+	check("an Image that is as long as its PE header says", 0,
+	      load_pe(2, 1024, IMAGE_BYTES - 1024, IMAGE_BYTES), 1);
+	check("the same without its last byte", ENOEXEC,
+	      load_pe(2, 1024, IMAGE_BYTES - 1024, IMAGE_BYTES - 1), 1);
+	check("an Image that is longer", 0, load_pe(2, 1024, 512, IMAGE_BYTES), 1);
+	check("an Image with a section that is not in its file", 0,
+	      load_pe(2, 0xffffffff, 0, IMAGE_BYTES), 1);
+	check("an Image with a section that ends beyond 4 GiB", ENOEXEC,
+	      load_pe(2, 0xffffff00, 0x200, IMAGE_BYTES), 1);
+	check("an Image that ends among its sections", ENOEXEC,
+	      load_pe(65535, 1024, 512, IMAGE_BYTES), 1);
+	check("an Image that ends in its PE header", ENOEXEC,
+	      load_pe(2, 1024, 512, sizeof(struct header) + 20), 1);
+}
+
+#define FILE_CHECKS 22
 
 static void test_files(void)
 {
@@ -280,10 +347,10 @@ static void test_files(void)
 	}
 	check("a good Image", 0, got, 1);
 
-	check("an Image that ends in its header", EINVAL, load_image(&h, 40), 1);
+	check("an Image that ends in its header", ENOEXEC, load_image(&h, 40), 1);
 	check("an empty Image", EINVAL, load_image(&h, 0), 1);
 	h.magic ^= 1;
-	check("an Image with another magic", EINVAL, load_image(&h, IMAGE_BYTES), 1);
+	check("an Image with another magic", ENOEXEC, load_image(&h, IMAGE_BYTES), 1);
 	h = good_header();
 	h.image_size = 0;
 	check("an Image that does not tell its size", EINVAL, load_image(&h, IMAGE_BYTES), 1);
@@ -291,6 +358,7 @@ static void test_files(void)
 	check("an Image that is larger than memory", EADDRNOTAVAIL, load_image(&h, IMAGE_BYTES), 1);
 	h.image_size = 1UL << 63;
 	check("an Image of half the address space", EADDRNOTAVAIL, load_image(&h, IMAGE_BYTES), 1);
+	test_cut_images();
 	h = good_header();
 	h.flags = (page == 4096 ? 1 : page == 16384 ? 2 : 3) << 1;
 	check("an Image with the running kernel's page size", 0, load_image(&h, IMAGE_BYTES), 1);

@@ -22,13 +22,14 @@
 #define SCTLR_EE		0x2000000UL
 #define DAIF_ALL		0x3c0UL
 #define ISR_A			0x100UL
+#define HCR_E2H			0x400000000UL
 #define DTB_MAGIC		0xedfe0dd0	/* read as little endian */
 #define GICC_RPR		0x14
 #define RPR_IDLE		0xff
 
 #define MIB			0x100000UL
 #define SHOWN			8	/* ranges of which details are given */
-#define TESTS			15
+#define TESTS			16
 
 /* What inspector_entry.S found */
 struct entry_state {
@@ -249,6 +250,92 @@ static void check_registers(const struct entry_state *s)
 		skip("at the address it was sent to", "not told where");
 }
 
+/* A field of an ID register */
+#define feature(id, shift) (read_reg(id) >> (shift) & 15)
+
+/* A register that older CPUs do not have, if this one has */
+#define show(name, encoding, there) do {				\
+	if (there)							\
+		put_value(name, read_reg(encoding));			\
+} while (0)
+
+/*
+ * Registers that are younger than many a kernel, which leaves them as they are,
+ * and that booting.rst does not ask the boot loader for. Those of them that
+ * change what such a kernel does have to be off; all are shown. With HCR_EL2.E2H
+ * the names of EL1 are registers of EL2, and those of EL1 end in EL12.
+ */
+static void check_younger_registers(const struct entry_state *s)
+{
+	bool el2 = s->current_el >> 2 == 2, vhe = el2 && s->hcr & HCR_E2H;
+	bool tcr2 = feature("s3_0_c0_c7_3", 0), sctlr2 = feature("s3_0_c0_c7_3", 4);
+	bool pie = feature("s3_0_c0_c7_3", 8), poe = feature("s3_0_c0_c7_3", 16);
+	bool gcs = feature("s3_0_c0_c4_1", 44), fgt = feature("s3_0_c0_c7_0", 56);
+	bool trace = feature("s3_0_c0_c5_0", 40), mpam = feature("s3_0_c0_c4_0", 40);
+	uint64_t on = 0;
+
+	put("# younger:");
+	show("CPACR_EL1", "s3_0_c1_c0_2", !vhe);
+	show("CNTKCTL_EL1", "s3_0_c14_c1_0", !vhe);
+	show("TCR2_EL1", "s3_0_c2_c0_3", tcr2 && !vhe);
+	show("SCTLR2_EL1", "s3_0_c1_c0_3", sctlr2 && !vhe);
+	show("PIR_EL1", "s3_0_c10_c2_3", pie && !vhe);
+	show("PIRE0_EL1", "s3_0_c10_c2_2", pie && !vhe);
+	show("POR_EL0", "s3_3_c10_c2_4", poe);
+	show("POR_EL1", "s3_0_c10_c2_4", poe && !vhe);
+	show("GCSCR_EL1", "s3_0_c2_c5_0", gcs && !vhe);
+	show("GCSCRE0_EL1", "s3_0_c2_c5_2", gcs);
+	show("FPMR", "s3_3_c4_c4_2", feature("s3_0_c0_c4_2", 32));
+	show("TRFCR_EL1", "s3_0_c1_c2_1", trace && !vhe);
+	show("MPAM1_EL1", "s3_0_c10_c5_0", mpam && !vhe);
+	show("MPAM0_EL1", "s3_0_c10_c5_1", mpam);
+	if (tcr2 && !vhe)
+		on |= read_reg("s3_0_c2_c0_3");
+
+	if (el2) {
+		bool fgt2 = feature("s3_0_c0_c7_0", 56) > 1;
+
+		show("CPTR_EL2", "s3_4_c1_c1_2", true);
+		show("MDCR_EL2", "s3_4_c1_c1_1", true);
+		show("CNTHCTL_EL2", "s3_4_c14_c1_0", true);
+		show("HCRX_EL2", "s3_4_c1_c2_2", feature("s3_0_c0_c7_1", 40));
+		show("HFGRTR_EL2", "s3_4_c1_c1_4", fgt);
+		show("HFGWTR_EL2", "s3_4_c1_c1_5", fgt);
+		show("HFGITR_EL2", "s3_4_c1_c1_6", fgt);
+		show("HDFGRTR_EL2", "s3_4_c3_c1_4", fgt);
+		show("HDFGWTR_EL2", "s3_4_c3_c1_5", fgt);
+		show("HFGRTR2_EL2", "s3_4_c3_c1_2", fgt2);
+		show("HFGWTR2_EL2", "s3_4_c3_c1_3", fgt2);
+		show("HFGITR2_EL2", "s3_4_c3_c1_7", fgt2);
+		show("HDFGRTR2_EL2", "s3_4_c3_c1_0", fgt2);
+		show("HDFGWTR2_EL2", "s3_4_c3_c1_1", fgt2);
+		show("TCR2_EL2", "s3_4_c2_c0_3", tcr2);
+		show("SCTLR2_EL2", "s3_4_c1_c0_3", sctlr2);
+		show("PIR_EL2", "s3_4_c10_c2_3", pie);
+		show("PIRE0_EL2", "s3_4_c10_c2_2", pie && vhe);
+		show("POR_EL2", "s3_4_c10_c2_4", poe);
+		show("GCSCR_EL2", "s3_4_c2_c5_0", gcs);
+		show("TRFCR_EL2", "s3_4_c1_c2_1", trace);
+		show("MPAM2_EL2", "s3_4_c10_c5_0", mpam);
+		if (tcr2)
+			on |= read_reg("s3_4_c2_c0_3");
+	}
+	if (vhe) {
+		show("CPACR_EL12", "s3_5_c1_c0_2", true);
+		show("TCR2_EL12", "s3_5_c2_c0_3", tcr2);
+		show("SCTLR2_EL12", "s3_5_c1_c0_3", sctlr2);
+		show("PIR_EL12", "s3_5_c10_c2_3", pie);
+		show("PIRE0_EL12", "s3_5_c10_c2_2", pie);
+		show("POR_EL12", "s3_5_c10_c2_4", poe);
+		show("GCSCR_EL12", "s3_5_c2_c5_0", gcs);
+		show("MPAM1_EL12", "s3_5_c10_c5_0", mpam);
+		if (tcr2)
+			on |= read_reg("s3_5_c2_c0_3");
+	}
+	put("\n");
+	check("TCR2 is 0 at EL1 and EL2, or there is none", on, 0);
+}
+
 static void check_timer(void)
 {
 	uint64_t frequency = read_reg("cntfrq_el0");
@@ -278,6 +365,12 @@ static void check_gic(void)
 	if (inspector_args.gicc) {
 		check("GIC: no interrupt is active",
 		      read_device(inspector_args.gicc + GICC_RPR, 4) & 0xff, RPR_IDLE);
+		return;
+	}
+	/* GICv5: priorities that are active, and whether the interface is enabled */
+	if (read_reg("s3_0_c0_c4_2") >> 12 & 15) {
+		check("GIC: no interrupt is active",
+		      read_reg("s3_1_c12_c0_0") | (read_reg("s3_1_c12_c0_1") & 1) << 32, 0);
 		return;
 	}
 	if (!(read_reg("id_aa64pfr0_el1") >> 24 & 15)) {
@@ -433,6 +526,7 @@ void inspect(const struct entry_state *s)
 	put_dec(TESTS);
 	put("\n");
 	check_registers(s);
+	check_younger_registers(s);
 	check_timer();
 	check_gic();
 	memory = check_args();
