@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterator
 
-from lab import base, bases, build, cells, downtime, guest, host, lock, model, paths, plot, plugin, proc, qemu, say
+from lab import base, bases, build, cells, cpus, downtime, guest, host, lock, model, paths, plot, plugin, proc, qemu, say
 from lab.build import Built
 from lab.cells import Kernel
 from lab.downtime import Downtime
@@ -227,15 +227,19 @@ def main(args: argparse.Namespace) -> int:
                      for one in loads(name, built, archives, memory)]
         with say.phase("timing handovers"):
             down = list(downtime.measure_all(compared, archives))
-        text = "\n\n".join([target_table(targets(counted, timed, down)), relocation_table(counted), load_table(timed),
-                            downtime.table(down), model.table(counted)])
+        with say.phase("having CPUs leave"):
+            left = list(cpus.measure_all(compared, archives))
+        reached = [*targets(counted, timed, down), *cpu_targets(left)]
+        text = "\n\n".join([target_table(reached), relocation_table(counted), load_table(timed), downtime.table(down),
+                            cpus.table(left), model.table(counted)])
         report = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "base": str(source),
                   "relocation": [asdict(one) for one in counted], "load": [asdict(one) for one in timed],
-                  "downtime": [asdict(one) for one in down]}
+                  "downtime": [asdict(one) for one in down], "cpus": [asdict(one) for one in left]}
         paths.OUT.mkdir(exist_ok=True)
         REPORT.write_text(json.dumps(report, indent=1) + "\n")
         (paths.OUT / "bench.txt").write_text(f"{report['date']}, {report['machine']}\n\n{text}\n")
         plot.bench(counted, timed, down, paths.OUT)
+        plot.cpus(left, paths.OUT)
         print(text)
         if args.keep:
             KEPT.mkdir(exist_ok=True)
@@ -285,6 +289,24 @@ def targets(counted: list[Relocation], timed: list[Load], down: list[Downtime]) 
         Target("barriers per relocation", *worst(lambda one: one.counts.barriers), 15),
         Target("kexec_file_load() of kernel and initrd: MiB copied", None, in_place.said.copied_mib, 0),
         Target("phases that are said against those seen, % off", None, said, 2),
+    ]
+
+
+def cpu_targets(left: list[cpus.Left]) -> list[Target]:
+    """The same for CPUs that leave, by their number: how much more it takes with many."""
+    def ratio(name: str, of: Callable[[cpus.Left], float], many: int, few: int) -> float:
+        found = {one.cpus: of(one) for one in left if one.kernel == name}
+        return found[many] / found[few]
+
+    def both(of: Callable[[cpus.Left], float], many: int) -> tuple[float, float]:
+        return ratio(MAINLINE, of, many, 2), ratio(OURS, of, many, 2)
+
+    return [
+        Target("shutdown with 32 CPUs against 2, time", *both(lambda one: one.shutdown, 32), 2.5),
+        Target("shutdown with 64 CPUs against 2, time", *both(lambda one: one.shutdown, 64), 4),
+        Target("instructions of all CPUs to leave, 64 against 2", *both(lambda one: one.instructions, 64), 32),
+        Target("verification before shutdown, most of 4 CPUs against 1", None,
+               ratio(OURS, lambda one: one.verified_most, 4, 1), 0.35),
     ]
 
 

@@ -136,7 +136,13 @@ def show(ranges: list[tuple[int, int]]) -> str:
 
 
 def register_differences(m: Machine, dump: Dump, how: str, console: str) -> list[str]:
-    """The registers of the CPU that crashed are those of the oops; without one, it is in __crash_kexec()."""
+    """Each CPU that could be stopped has its registers in the dump.
+
+    Those of the CPU that crashed are those of the oops; without one, it is in __crash_kexec().
+    """
+    stopped = m.boot.cell.cpus - (how == "spin")
+    if len(dump.registers) != stopped:
+        return [f"the dump has the registers of {len(dump.registers)} CPUs, not of {stopped}"]
     if how in WITH_REGISTERS:
         oops = parse_oops(console)
         if len(oops) < 31:

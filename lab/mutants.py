@@ -30,6 +30,7 @@ VECTORS = "arch/arm64/mm/trans_pgd-asm.S"
 TABLES = "arch/arm64/mm/trans_pgd.c"
 LOAD = "arch/arm64/kernel/machine_kexec.c"
 VERIFY = "arch/arm64/kernel/kexec_verify.c"
+CPUS = "arch/arm64/kernel/kexec_cpus.c"
 REPORTING = "arch/arm64/kernel/kexec_report.c"
 CRASH = "arch/arm64/kernel/machine_kexec_crash.c"
 
@@ -95,13 +96,22 @@ _ALL = (
     Mutant("crc-of-seven-words", ASM, ".irp\tn, 0, 1, 2, 3, 4, 5, 6, 7\n", ".irp\tn, 0, 1, 2, 3, 4, 5, 6\n", "handover"),
     Mutant("crc-never-compared", ASM, "\tcmp\tw8, w16\n\tb.eq\t.Lchecked", "\tcmp\tw8, w8\n\tb.eq\t.Lchecked", "faults"),
     Mutant("list-never-compared", ASM, "\tb.ne\tkexec_corrupt\n\n.Lentry:", "\n.Lentry:", "faults"),
-    Mutant("crc-seed", VERIFY, "\tbool found = false;\n\tu32 crc = ~0;", "\tbool found = false;\n\tu32 crc = 0;", "handover"),
-    Mutant("overwritten-and-executed", VERIFY, "n, image->arch.crc[n], crc);\n\t\treturn -EIO;",
-           "n, image->arch.crc[n], crc);\n\t\treturn 0;", "faults"),
+    Mutant("crc-seed", VERIFY, "return crc_of_pages(~0, &pages", "return crc_of_pages(0, &pages", "handover"),
+    Mutant("overwritten-and-executed", VERIFY, "n, image->arch.crc[n], crc);\n\treturn -EIO;",
+           "n, image->arch.crc[n], crc);\n\treturn 0;", "faults"),
     Mutant("overwritten-list-executed", VERIFY, "image->arch.list_crc, crc);\n\t\treturn -EIO;",
            "image->arch.list_crc, crc);\n\t\treturn 0;", "faults"),
-    Mutant("last-segment-unchecked", VERIFY, "i < image->nr_segments; i++)\n\t\tret = verify_segment",
-           "i + 1 < image->nr_segments; i++)\n\t\tret = verify_segment", "faults"),
+    Mutant("last-segment-unchecked", VERIFY, "i < image->nr_segments; i++)\n\t\tret = compare_crc(",
+           "i + 1 < image->nr_segments; i++)\n\t\tret = compare_crc(", "faults"),
+    Mutant("share-in-the-wrong-place", VERIFY, "size - end),\n", "size - start),\n", "kunit"),
+    Mutant("share-left-out", VERIFY, "end = min(start + SHARE, size);", "end = min(start + SHARE / 2, size);", "kunit"),
+    # CPUs
+    Mutant("firmware-not-waited-for", CPUS, "\tkexec_wait_for_firmware();\n}", "}", "cpus"),
+    Mutant("a-cpu-not-waited-for", CPUS, "\t\tif (cpu == smp_processor_id())\n\t\t\tcontinue;\n",
+           "\t\tif (cpu == smp_processor_id() || cpu == 1)\n\t\t\tcontinue;\n", "cpus"),
+    Mutant("a-cpu-not-asked", CPUS, "for_each_cpu(cpu, &kexec_asked)\n\t\tsmp", "for_each_cpu(cpu, &kexec_asked)\n\t\tif (cpu != 1) smp", "cpus"),
+    Mutant("leaves-with-a-lock", CPUS, "\tif (!READ_ONCE(kexec_leave_now) &&", "\tif (false &&", "cpus"),
+    Mutant("offline-is-off", CPUS, "if (cpu_online(cpu) || !smp_cpu_is_on(cpu))", "if (true)", "cpus"),
     Mutant("in-place-unchecked", LOAD, "\t\tif (kexec_verify_in_place(image))", "\t\tif (false)", "faults"),
     Mutant("in-place-beside-copied-unchecked", VERIFY, "image->arch.relocate && !image->segment_cma[n]",
            "image->arch.relocate", "kunit"),

@@ -9,6 +9,7 @@ from lab import proc
 
 if TYPE_CHECKING:
     from lab.bench import Load, Relocation
+    from lab.cpus import Left
     from lab.downtime import Downtime
 
 HEAD = "set terminal svg size 760,420 font 'sans,12' background 'white'\nset grid ytics\nset key left top\n"
@@ -59,3 +60,14 @@ def bench(counted: "list[Relocation]", timed: "list[Load]", down: "list[Downtime
           "set style data histogram\nset style histogram rowstacked\nset style fill solid 0.8\nset boxwidth 0.6\n"
           f"set yrange [0:{top:.0f}]\nset bmargin 4\nset key inside right top horizontal\nplot $phases using 2:xtic(1) title 'shutdown', "
           "$phases using 3 title 'the rest'\n")
+
+
+def cpus(left: "list[Left]", folder: Path) -> None:
+    """bench-cpus.svg: how long CPUs take to leave, and what they execute for it, against their number."""
+    blocks, curves = "", []
+    for number, kernel in enumerate(dict.fromkeys(one.kernel for one in left)):
+        blocks += _block(f"k{number}", [(one.cpus, one.shutdown, one.instructions) for one in left if one.kernel == kernel])
+        curves += [f"$k{number} using 1:2 with linespoints lw 2 title '{kernel}, ms'",
+                   f"$k{number} using 1:3 with linespoints lw 2 dt 2 title '{kernel}, million instructions'"]
+    _draw(HEAD + blocks + f"set output '{folder}/bench-cpus.svg'\nset title 'From kexec -e until one CPU is left'\n"
+          f"set logscale x 2\nset logscale y\nset xlabel 'CPUs'\nplot {', '.join(curves)}\n")

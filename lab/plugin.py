@@ -1,4 +1,4 @@
-"""QEMU's TCG plugin that counts what relocation executes: lab/plugin/count.c."""
+"""QEMU's TCG plugins: how they are built, and the one that counts what relocation executes (lab/plugin/count.c)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lab import paths, proc, qemu
 from lab.build import Built
 from lab.stage import read_symbols
 
-SOURCE = Path(__file__).resolve().parent / "plugin" / "count.c"
+SOURCES = Path(__file__).resolve().parent / "plugin"
 CFLAGS = ("-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror")
 WORDS = 4  # instructions by which a place is known
 
@@ -42,16 +42,19 @@ class Counts:
         return sum(self.classes[name] for name in ("dsb", "dmb", "isb"))
 
 
-def build() -> Path:
-    """The plugin, compiled for this machine and its QEMU. Raises LabError with the compiler's messages."""
-    api = 3 if qemu.version() >= 9 else 1
-    text = SOURCE.read_bytes()
-    library = paths.CACHE / "plugin" / f"count-{hashlib.sha256(text).hexdigest()[:16]}-{api}.so"
+def build(name: str, version: int) -> Path:
+    """The plugin of that name, compiled for this machine and a QEMU of that major version.
+
+    Raises LabError with the compiler's messages.
+    """
+    api = 3 if version >= 9 else 1
+    text = b"".join((SOURCES / file).read_bytes() for file in (f"{name}.c", "plugin.h"))
+    library = paths.CACHE / "plugin" / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}-{api}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            new = Path(folder) / "count.so"
-            proc.run(["gcc", *CFLAGS, f"-DAPI={api}", "-o", new, SOURCE])
+            new = Path(folder) / "plugin.so"
+            proc.run(["gcc", *CFLAGS, f"-DAPI={api}", "-o", new, SOURCES / f"{name}.c"])
             os.rename(new, library)
     return library
 
@@ -72,7 +75,7 @@ def entry(built: Built) -> list[int]:
 
 def options(enter: Sequence[int], leave: Sequence[int], out: Path, mmu: bool = True, zva: int = 64) -> list[str]:
     """What QEMU needs to be told. `mmu`: is it on where counting begins? `zva`: bytes that DC ZVA zeroes."""
-    return ["-plugin", f"file={build()},enter={pattern(enter)},leave={pattern(leave)},out={out},zva={zva}"
+    return ["-plugin", f"file={build('count', qemu.version())},enter={pattern(enter)},leave={pattern(leave)},out={out},zva={zva}"
             + ("" if mmu else ",mmu=off")]
 
 

@@ -60,6 +60,9 @@ def program(mte: bool) -> tuple[str, ...]:
     return str(home / "usr/bin" / QEMU), "-L", str(home / "usr/share/qemu")
 
 
+MANY = 8  # CPUs, beyond which they run in turns
+
+
 def machine(cell: Cell, accel: str) -> list[str]:
     """CPUs and memory. Raises UsageError where KVM cannot do what the cell is about."""
     if accel == "kvm" and cell.el != "el1":
@@ -69,10 +72,13 @@ def machine(cell: Cell, accel: str) -> list[str]:
     its = "" if cell.has_its else ",its=off"
     mte = ",mte=on" if cell.mte else ""
     seed = "" if cell.has_seed else ",dtb-randomness=off"
+    # In turns, CPUs that wait for a lock give way to the one that holds it. With a thread for each, and fewer CPUs of
+    # the host's, a scheduler that knows nothing of locks was seen to take minutes for what takes seconds.
+    turns = ",thread=single" if accel == "tcg" and cell.cpus > MANY else ""
     return ["-machine", f"virt,gic-version=3{its}{el2}{mte}{seed},memory-backend=ram",
             "-object", f"memory-backend-ram,id=ram,size={cell.memory}M,reserve=off",
             "-m", f"{cell.memory}M",
-            "-accel", accel,
+            "-accel", accel + turns,
             "-cpu", "host" if accel == "kvm" else cell.cpu,
             "-smp", str(cell.cpus),
             *(["-bios", FIRMWARE] if cell.efi else []),

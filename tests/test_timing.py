@@ -55,9 +55,9 @@ def test_the_line(machine: Machine) -> None:
         machine.report(f"   {machine.boot.cell.name}: {line} {rows}")
         assert rows["copied"] == loaded.bytes_to_move and rows["in_place"] == loaded.bytes_in_place
         assert line.copied_mib == rows["copied"] * 10 // (1 << 20) / 10
-        assert (line.shutdown_ms, line.copy_ms, line.startup_ms) == \
-            tuple(rows[name] / 1000 for name in ("shutdown", "copy", "startup"))
-        assert rows["shutdown"] and rows["startup"]
+        assert (line.shutdown_ms, line.cpus_ms, line.copy_ms, line.startup_ms) == \
+            tuple(rows[name] / 1000 for name in ("shutdown", "cpus", "copy", "startup"))
+        assert rows["devices"] and rows["startup"] and rows["devices"] + rows["cpus"] <= rows["shutdown"]
         assert (rows["copy"] > 1000) == (rows["copied"] > 1 << 20)
         assert rows["copied"] or loader == "file"
         assert line.seconds < wall
@@ -85,10 +85,12 @@ def at_boot(at: int, frequency: int) -> dict[str, tuple[bytes | None, bool]]:
         "another version": (replace(good, version=2).value(), False),
         "another frequency": (replace(good, frequency=good.frequency + 1).value(), False),
         "another device tree": (replace(good, fdt=at + 4096).value(), False),
-        "not filled in": (replace(good, begin=0, shutdown=0, copied=0, in_place=0, copy_start=0, copy_end=0).value(),
-                          False),
+        "not filled in": (replace(good, begin=0, devices=0, cpus=0, shutdown=0, copied=0, in_place=0, copy_start=0,
+                                  copy_end=0).value(), False),
         "not filled in by the control page": (replace(good, copy_start=0, copy_end=0).value(), False),
         "shut down before it began": (replace(good, begin=good.shutdown + 1).value(), False),
+        "CPUs off before they were stopped": (replace(good, devices=2, cpus=1).value(), False),
+        "shut down before CPUs were off": (replace(good, cpus=good.shutdown + 1).value(), False),
         "copied before it began": (replace(good, copy_start=good.copy_end + 1).value(), False),
         "in the future": (replace(good, copy_end=hour).value(), False),
         "all ones": (b"\xff" * len(good.value()), False),
@@ -112,7 +114,7 @@ def test_what_is_not_believed(cell: Cell, lab: Lab, tmp_path: Path) -> None:
     with lab.machine(cell, f"{cell.name}-frequency") as m:
         m.hello()
         frequency = counter_frequency(m)
-    wrong = []
+    wrong, whole = [], Property.good(at, frequency).value()
     for name, (value, believed) in at_boot(at, frequency).items():
         chosen.pop(PROPERTY, None)
         if value is not None:
@@ -121,10 +123,10 @@ def test_what_is_not_believed(cell: Cell, lab: Lab, tmp_path: Path) -> None:
         with machine() as m:
             m.hello()
             said = re.findall(r"kexec: shutdown.*", m.sh("dmesg"))
-            wanted = ["kexec: shutdown 0.100 ms, copied 23.3 MiB in 0.200 ms"] if believed else []
+            wanted = ["kexec: shutdown 0.100 ms (CPUs 0.000), copied 23.3 MiB in 0.200 ms"] if believed else []
             if [line.partition(", startup")[0] for line in said] != wanted or bool(table(m)) != believed:
                 wrong.append(f"{name}: {said} {table(m)}")
-            if value is not None and len(value) == 72 and not cleared(m):
+            if value is not None and len(value) == len(whole) and not cleared(m):
                 wrong.append(f"{name}: not cleared")
     assert not wrong
 

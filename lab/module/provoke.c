@@ -19,6 +19,12 @@
  *                        whose device reaches 4 GiB, and give them back
  *   how=store ranges=START,1
  *                        a plain store to the first of them
+ *   how=hold cpu=N ranges=0,MS
+ *                        keep interrupts disabled on CPU N for so long
+ *   how=lock cpu=N ranges=0,MS
+ *                        have CPU N hold a spinlock most of that time, with
+ *                        interrupts enabled, which another one takes with
+ *                        interrupts disabled
  *
  * Never stays loaded.
  */
@@ -32,6 +38,7 @@
 #include <linux/platform_device.h>
 #include <linux/sizes.h>
 #include <linux/smp.h>
+#include <linux/spinlock.h>
 #include <linux/uaccess.h>
 #include <linux/workqueue.h>
 
@@ -177,6 +184,52 @@ static int dma(unsigned long size)
 	return 0;
 }
 
+static long hold(void *unused)
+{
+	unsigned long flags;
+
+	local_irq_save(flags);
+	mdelay(ranges[1]);
+	local_irq_restore(flags);
+	return 0;
+}
+
+static DEFINE_SPINLOCK(contended);
+
+static void take_and_give(struct work_struct *unused)
+{
+	unsigned long end = jiffies + msecs_to_jiffies(ranges[1]);
+
+	while (time_before(jiffies, end)) {
+		spin_lock(&contended);
+		mdelay(5);
+		spin_unlock(&contended);
+		cond_resched();
+	}
+}
+
+static DECLARE_WORK(taker, take_and_give);
+
+static long wait_for_it(void *unused)
+{
+	unsigned long end = jiffies + msecs_to_jiffies(ranges[1]);
+	unsigned long flags;
+
+	while (time_before(jiffies, end)) {
+		spin_lock_irqsave(&contended, flags);
+		spin_unlock_irqrestore(&contended, flags);
+		cond_resched();
+	}
+	return 0;
+}
+
+static void contend(void)
+{
+	schedule_work_on(cpu, &taker);
+	work_on_cpu(cpumask_any_but(cpu_online_mask, cpu), wait_for_it, NULL);
+	flush_work(&taker);
+}
+
 static int __init provoke(void)
 {
 	if (!strcmp(how, "null")) {
@@ -196,6 +249,10 @@ static int __init provoke(void)
 	} else if (!strcmp(how, "dma") && range_words == 2) {
 		if (dma(ranges[1]))
 			return -EINVAL;
+	} else if (!strcmp(how, "hold") && range_words == 2) {
+		work_on_cpu(cpu, hold, NULL);
+	} else if (!strcmp(how, "lock") && range_words == 2) {
+		contend();
 	} else if (!strcmp(how, "store") && range_words) {
 		WRITE_ONCE(*(u8 *)phys_to_virt(ranges[0]), 0);
 	} else {

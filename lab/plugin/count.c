@@ -28,44 +28,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/*
- * What is used of QEMU's API. QEMU 4.2 to 8.2 have version 1 of it, 9.1 and later
- * take 3, in which the data of an instruction is copied; whoever compiles this
- * defines API as one of the two.
- */
-typedef uint64_t qemu_plugin_id_t;
-typedef uint32_t qemu_plugin_meminfo_t;
-typedef struct qemu_info_t qemu_info_t;
-struct qemu_plugin_tb;
-struct qemu_plugin_insn;
-struct qemu_plugin_hwaddr;
-enum { QEMU_PLUGIN_CB_NO_REGS };
-enum { QEMU_PLUGIN_MEM_RW = 3 };
-typedef void (*tb_trans_cb)(qemu_plugin_id_t id, struct qemu_plugin_tb *tb);
-typedef void (*exec_cb)(unsigned int vcpu, void *data);
-typedef void (*mem_cb)(unsigned int vcpu, qemu_plugin_meminfo_t info, uint64_t vaddr, void *data);
-
-void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t id, tb_trans_cb cb);
-void qemu_plugin_register_vcpu_tb_exec_cb(struct qemu_plugin_tb *tb, exec_cb cb, int flags, void *data);
-void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *insn, exec_cb cb, int flags,
-					    void *data);
-void qemu_plugin_register_vcpu_mem_cb(struct qemu_plugin_insn *insn, mem_cb cb, int flags, int rw,
-				      void *data);
-size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *tb);
-uint64_t qemu_plugin_tb_vaddr(const struct qemu_plugin_tb *tb);
-struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *tb, size_t index);
-#if API < 3
-const void *qemu_plugin_insn_data(const struct qemu_plugin_insn *insn);
-#else
-size_t qemu_plugin_insn_data(const struct qemu_plugin_insn *insn, void *data, size_t size);
-#endif
-unsigned int qemu_plugin_mem_size_shift(qemu_plugin_meminfo_t info);
-bool qemu_plugin_mem_is_store(qemu_plugin_meminfo_t info);
-struct qemu_plugin_hwaddr *qemu_plugin_get_hwaddr(qemu_plugin_meminfo_t info, uint64_t vaddr);
-bool qemu_plugin_hwaddr_is_io(const struct qemu_plugin_hwaddr *hwaddr);
-
-#define EXPORT __attribute__((visibility("default")))
-EXPORT int qemu_plugin_version = API;
+#include "plugin.h"
 
 enum class {
 	LOAD, STORE, PREFETCH, DC_ZVA, DC_CIVAC, DC_CVAC, DC_CVAU, DC_IVAC, DC_OTHER, IC_IALLU, IC_OTHER,
@@ -287,18 +250,6 @@ static void on_leave(unsigned int vcpu, void *data)
 	fprintf(file, "\"lines_fetched\": %lu, \"lines_owned\": %lu, \"zeroed_rest\": %lu}\n", fetched,
 		owned, zeroed);
 	fclose(file);
-}
-
-static uint32_t word_of(const struct qemu_plugin_insn *insn)
-{
-	uint32_t word;
-
-#if API < 3
-	memcpy(&word, qemu_plugin_insn_data(insn), sizeof(word));
-#else
-	qemu_plugin_insn_data(insn, &word, sizeof(word));
-#endif
-	return word;
 }
 
 /* Does a block begin as the pattern does? Who matches too early begins to count again. */
