@@ -162,7 +162,8 @@ _ALL = (
            "\t\tphys_addr_t end = start + image->segment[i].memsz - PAGE_SIZE;\n\t\tbool", "badload"),
     Mutant("no-validation", LOAD, "\tret = kexec_check_segments(image);\n",
            "\tkexec_check_segments(image);\n\tret = 0;\n", "badload"),
-    Mutant("any-command-line", LOAD, "\t\treturn -E2BIG;\n", "\t\treturn 0;\n", "badload"),
+    Mutant("any-command-line", LOAD, "\tif (image->cmdline_buf_len > COMMAND_LINE_SIZE)\n",
+           "\tif (image->cmdline_buf_len > 2 * COMMAND_LINE_SIZE)\n", "badload"),
     # The crash kernel
     Mutant("not-protected", CRASH, "\tint ret = crash_pages_set_valid(false);", "\tint ret = crash_pages_set_valid(true);", "kdump"),
     Mutant("protected-while-saved", CRASH, "\t\tcrash_protection_paused = true;\n\t\tcrash_pages_set_valid(true);\n",

@@ -136,9 +136,9 @@ def bad_files(m: Machine) -> dict[str, tuple[str, str]]:
         m.put(f"/tmp/{name}", data)
     m.sh(f"truncate -s {memory * 2}M /tmp/initrd.large; truncate -s 5G /tmp/initrd.huge")
     return {
-        "an Image of 40 bytes": ("EINVAL", file_statements("/tmp/truncated")),
+        "an Image of 40 bytes": ("ENOEXEC", file_statements("/tmp/truncated")),
         "an empty Image": ("EINVAL", file_statements("/tmp/empty")),
-        "an Image with another magic": ("EINVAL", file_statements("/tmp/magic")),
+        "an Image with another magic": ("ENOEXEC", file_statements("/tmp/magic")),
         "an Image that does not tell its size": ("EINVAL", file_statements("/tmp/nosize")),
         "an Image that is larger than memory": ("EADDRNOTAVAIL", file_statements("/tmp/large")),
         "an Image of half the address space": ("EADDRNOTAVAIL", file_statements("/tmp/huge")),
