@@ -68,6 +68,7 @@ class Cell:
     uart: tuple[int, int] | None = None  # stdout-path names a 16550, in memory, with this reg-shift and reg-io-width
     spin_table: int = 0  # CPUs, the last ones, that the device tree has started by spin-table: QEMU never does
     efi: bool = False  # booted by UEFI firmware, with ACPI instead of a device tree
+    modelled: bool = False  # its caches are, see lab/caches.py
     its: bool | None = None  # a GICv3 ITS; None: only with our kernels, as mainline may hang after a handover
     core: bool = False  # part of a plain `check`
 
@@ -83,6 +84,11 @@ class Cell:
     def mte(self) -> bool:
         """Memory has tags."""
         return self.kernel.flavour == "mte"
+
+    @property
+    def recent_qemu(self) -> bool:
+        """It needs a QEMU that is qemu.RECENT."""
+        return self.mte or self.modelled
 
     @property
     def entered_at(self) -> int:

@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Mapping, Sequence
 
-from lab import host, paths, say
+from lab import host, operations, paths, say
 from lab.cells import CELLS, KERNELS, Kernel
 from lab.errors import LabError, UsageError
 from lab.series import File
@@ -173,7 +173,10 @@ _ALL = (
            "hibernate"),
     Mutant("registers-not-saved", CRASH, "\tcrash_save_cpu(regs, smp_processor_id());\n", "", "kdump"),
 )
-MUTANTS: dict[str, Mutant] = {mutant.name: mutant for mutant in _ALL}
+# Whatever else there is of maintenance and barriers, each without the operation.
+_WITHOUT = tuple(Mutant(one.name, one.path, one.old, one.new, "caches or bench or inspector")
+                 for one in operations.everywhere(paths.ROOT))
+MUTANTS: dict[str, Mutant] = {mutant.name: mutant for mutant in (*_ALL, *_WITHOUT)}
 
 
 def chosen() -> Mutant | None:

@@ -13,7 +13,9 @@ from lab.cells import Cell
 from lab.errors import UsageError
 
 QEMU = "qemu-system-aarch64"
-WORKING_MTE = 10  # the version; with 7.2 a kernel finds other tags than it set, what lies between was not tried
+# The version where memory tags work and plugins can read registers. With 7.2 a kernel finds other tags than it set; what
+# lies between was not tried.
+RECENT = 10
 FIRMWARE = "/usr/share/qemu-efi-aarch64/QEMU_EFI.fd"
 RAM_BASE = 0x40000000
 MIB = 1 << 20
@@ -34,20 +36,18 @@ class Boot:
 
 
 @cache
-def version() -> int:
-    """The major version of the machine's own QEMU."""
-    return int(re.findall(r"version (\d+)", proc.run([QEMU, "--version"]).stdout.decode())[0])
+def version(recent: bool = False) -> int:
+    """The major version of the machine's own QEMU, or of the recent one."""
+    return int(re.findall(r"version (\d+)", proc.run([program(recent)[0], "--version"]).stdout.decode())[0])
 
 
 @cache
-def program(mte: bool) -> tuple[str, ...]:
-    """The command that is QEMU: the machine's own, or for MTE one of Debian's backports if that is too old.
+def program(recent: bool) -> tuple[str, ...]:
+    """The command that is QEMU: the machine's own, or one of Debian's backports if that is to be RECENT and is not.
 
     Raises LabError when it is not to be had.
     """
-    if not mte:
-        return (QEMU,)
-    if version() >= WORKING_MTE:
+    if not recent or version() >= RECENT:
         return (QEMU,)
     debs = apt.fetch(["qemu-system-arm", "qemu-system-common", "qemu-system-data"], host.architecture(),
                      f"{host.release()}-backports")
@@ -105,7 +105,7 @@ def arguments(boot: Boot) -> list[str]:
         return ["-drive", f"if=none,id={name},file={path},format=raw,readonly=on",
                 "-device", f"virtio-blk-device,drive={name},serial={name}"]
 
-    return [*program(boot.cell.mte), *machine(boot.cell, boot.accel),
+    return [*program(boot.cell.recent_qemu), *machine(boot.cell, boot.accel),
             *(["-dtb", str(boot.dtb)] if boot.dtb else []),
             "-kernel", str(boot.image), "-initrd", str(boot.initrd), "-append", parameters(boot.cell),
             *disk("Image", boot.next_image), *disk("initrd", boot.next_initrd), *_always_ready(boot.cell)]
@@ -174,7 +174,7 @@ def device_tree(cell: Cell, path: Path, accel: str = "tcg") -> fdt.Tree:
     """The tree that QEMU makes for a cell. `path` is for a file that is left there."""
     options = machine(cell, accel)
     options[1] += f",dumpdtb={path}"
-    proc.run([*program(cell.mte), *options])
+    proc.run([*program(cell.recent_qemu), *options])
     return fdt.parse(path.read_bytes())
 
 

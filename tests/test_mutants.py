@@ -2,31 +2,84 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from types import SimpleNamespace
 from typing import Sequence
 
 import pytest
 
-from lab import mutants, paths
+from lab import mutants, operations, paths, series
+from lab.base import Source
 from lab.errors import LabError, UsageError
 from lab.mutants import MUTANTS, VARIABLE, Mutant
-from lab.series import File, read
+from lab.series import File
 
 FEWEST = 25
 
 
+@pytest.fixture(scope="module")
+def files(source: Source) -> dict[str, File]:
+    """What the series makes of the files that it touches."""
+    made = series.result(series.load(source.base), source.tree)
+    return {path: file for path, file in made.items() if file}
+
+
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=list(MUTANTS))
-def test_it_changes_one_place(mutant: Mutant) -> None:
-    content = read(paths.ROOT / mutant.path).content
+def test_it_changes_one_place(mutant: Mutant, files: dict[str, File]) -> None:
+    content = files[mutant.path].content
     assert mutant.apply(content) != content
+
+
+ASSEMBLY = """
+/* a dsb sy in a comment */
+1:	ic	iallu			// the isb is not here
+	dsb	nsh
+	isb
+	msr	sctlr_el1, x0
+	isb				// again
+	dcache_by_myline_op_nosync civac, x8, x1, x24, x0
+	raw_dcache_line_size x24, x0
+"""
+C = """
+static void f(void)
+{
+	/* dsb(sy); */
+	dcache_clean_inval_poc((unsigned long)page,
+			       (unsigned long)(page + 1));
+	dsb(ishst);
+	isb();
+}
+"""
+
+
+@pytest.mark.parametrize("path, text, whats, instead", [
+    ("a.S", ASSEMBLY, ["ic iallu", "dsb nsh", "isb", "isb", "dcache_by_myline_op_nosync civac, x8, x1, x24, x0"], "nop"),
+    ("a.c", C, ["dcache_clean_inval_poc", "dsb", "isb"], "")])
+def test_every_operation_is_found_by_itself(path: str, text: str, whats: list[str], instead: str) -> None:
+    found = list(operations.find(path, text))
+    assert [one.what for one in found] == whats
+    for one in found:
+        assert text.count(one.old) == 1 and one.new.rstrip().endswith(instead)
+        assert len(list(operations.find(path, text.replace(one.old, one.new)))) == len(found) - 1
+
+
+def test_those_of_the_series_are_found() -> None:
+    """In owned files all that a plain search for the words finds, and what patches add to a file of upstream's."""
+    found = operations.everywhere(paths.ROOT)
+    assert len({one.name for one in found}) == len(found)
+    by_path = Counter(one.path for one in found)
+    copied = (paths.ROOT / mutants.ASM).read_text()
+    assert by_path[mutants.ASM] == len(re.findall(
+        r"^(?:\w+:)?\t(?:isb|dsb|dmb|dc|ic|tlbi|dcache_by|break_before|pre_disable_mmu)", copied, re.MULTILINE))
+    assert by_path["arch/arm64/kvm/arm.c"] == by_path["drivers/irqchip/irq-gic-v3-its.c"] == 1
 
 
 def test_there_are_enough() -> None:
     assert len(MUTANTS) >= FEWEST
 
 
-def test_only_the_one_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {mutant.path: read(paths.ROOT / mutant.path) for mutant in MUTANTS.values()}
+def test_only_the_one_that_is_asked_for(monkeypatch: pytest.MonkeyPatch, files: dict[str, File]) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     assert mutants.mutate(files) == files
     monkeypatch.setenv(VARIABLE, "wrong-el")
