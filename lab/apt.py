@@ -111,15 +111,16 @@ def _deb822(text: str) -> list[Origin]:
     return found
 
 
-def stanzas(suite: str | None, release: str, found: list[Origin]) -> str:
+def stanzas(suite: str | None, release: str, found: list[Origin], upon: str = "") -> str:
     """The private source list for `suite`, or for `release` with its updates when None.
 
-    Raises LabError when no entry of the machine is Debian's archive of that release.
+    `upon` names the release that `suite` adds to, where its packages depend on those of that.
+    Raises LabError when no entry of the machine is Debian's archive of `release`.
     """
     kin = _kin(release, found)
     if suite:
         archive = next(o for o in kin if release in o.suites)
-        return archive.stanza((suite,))
+        return archive.stanza((upon, suite) if upon else (suite,))
     return "\n".join(o.stanza(tuple(s for s in o.suites if s in _suites(release))) for o in kin)
 
 
@@ -155,24 +156,27 @@ def _kin(release: str, found: list[Origin]) -> list[Origin]:
     return [o for o in debian if o.signed_by == archives[0].signed_by]
 
 
-def fetch(packages: list[str], arch: str, suite: str | None = None, deps: bool = False) -> dict[str, Path]:
+def fetch(packages: list[str], arch: str, suite: str | None = None, deps: bool = False,
+          upon: str = "") -> dict[str, Path]:
     """Packages as files: name -> .deb. What was fetched once stays, and needs no network.
 
     `suite` None means the release this machine runs; `deps` adds everything the
-    packages depend on. Raises LabError naming what could not be had.
+    packages depend on, from `suite` or the release `upon`. Raises LabError naming
+    what could not be had.
     """
     if not host.is_debian():
         raise LabError(f"{' '.join(packages)} cannot be fetched: this is not a Debian system",
                        "run the laboratory on Debian 12 or 13")
     release = host.release()
-    root, folder = _folders(packages, arch, suite or release, deps)
+    root, folder = _folders(packages, arch, f"{suite}-upon-{upon}" if upon else suite or release, deps)
     with lock.held(paths.CACHE / "lock", "the cache"):
         if there := _known(folder):
             return there
         with say.phase(f"fetching {' '.join(packages)} ({arch}, {suite or release})"):
-            configuration = _configure(root, folder, arch, stanzas(suite, release, origins()))
+            configuration = _configure(root, folder, arch, stanzas(suite, release, origins(), upon))
             _update(root, configuration, packages)
-            return _download(folder, configuration, packages, deps)
+            wanted = ["-t", suite] if suite and upon else []
+            return _download(folder, configuration, packages, deps, wanted)
 
 
 def known(packages: list[str], arch: str, suite: str) -> bool:
@@ -230,8 +234,9 @@ def _update(root: Path, configuration: Path, packages: list[str]) -> None:
     stamp.touch()
 
 
-def _download(folder: Path, configuration: Path, packages: list[str], deps: bool) -> dict[str, Path]:
-    apt = ["apt-get", "-c", configuration, "-q", "-y"]
+def _download(folder: Path, configuration: Path, packages: list[str], deps: bool,
+              wanted: list[str]) -> dict[str, Path]:
+    apt = ["apt-get", "-c", configuration, "-q", "-y", *wanted]
     action = ["install", "--download-only"] if deps else ["download"]
     listing = subprocess.run([*apt, *action, "--print-uris", *packages], text=True, capture_output=True,
                              cwd=folder, preexec_fn=proc.die_with_parent)

@@ -17,6 +17,9 @@ from lab.errors import UsageError
 MAX = "max,pauth-impdef=on"  # the architected pointer authentication is slow to emulate
 MAX_NOLPA2 = "max,pauth-impdef=on,lpa2=off"
 A57 = "cortex-a57"
+VIRT = "virt"
+VERSAL = "xlnx-versal-virt"
+GICV5 = "x-5"  # as QEMU has it, for now
 A72 = "cortex-a72"
 
 VA_BITS = {4: (39, 48, 52), 16: (47, 52), 64: (42, 48, 52)}  # KiB per page -> VA bits
@@ -69,6 +72,10 @@ class Cell:
     spin_table: int = 0  # CPUs, the last ones, that the device tree has started by spin-table: QEMU never does
     efi: bool = False  # booted by UEFI firmware, with ACPI instead of a device tree
     modelled: bool = False  # its caches are, see lab/caches.py
+    board: str = VIRT  # QEMU's -machine
+    gic: str = "3"  # QEMU's gic-version
+    smmu: bool = False  # an SMMUv3, with the disks behind it
+    qemu: int = 0  # the major version of QEMU that it takes at least; 0: the machine's own will do
     its: bool | None = None  # a GICv3 ITS; None: only with our kernels, as mainline may hang after a handover
     core: bool = False  # part of a plain `check`
 
@@ -86,11 +93,6 @@ class Cell:
         return self.kernel.flavour == "mte"
 
     @property
-    def recent_qemu(self) -> bool:
-        """It needs a QEMU that is qemu.RECENT."""
-        return self.mte or self.modelled
-
-    @property
     def entered_at(self) -> int:
         """The exception level at which a kernel has to be entered: the highest there is."""
         return 1 if self.el == "el1" else 2
@@ -106,7 +108,8 @@ MTE = Kernel(4, 48, flavour="mte")
 IMA = Kernel(4, 48, flavour="ima")
 HARDENED = (CFI, MTE)
 
-MIB512, MIB1537, GIB2, GIB16, GIB64 = 512, 1537, 2048, 16384, 65536
+MIB512, MIB1537, GIB2, GIB4, GIB16, GIB64 = 512, 1537, 2048, 4096, 16384, 65536
+NEW = 11  # a QEMU that has permission indirection and a GICv5
 
 # On a CPU with VHE the kernel has to be told to leave it alone.
 NVHE = ("kvm-arm.mode=nvhe",)
@@ -190,6 +193,14 @@ def _all() -> list[Cell]:
         _cell(MTE, "vhe"),
         _cell(MTE, "nvhe", cpus=4),
         _cell(MTE, "el1"),
+        # What only a newer QEMU has: permission indirection and other registers, a GICv5.
+        _cell(K4_48, "vhe", "new", qemu=NEW, core=True),
+        _cell(K4_48, "nvhe", "new", qemu=NEW, cpus=4),
+        _cell(K4_48, "el1", "new", qemu=NEW),
+        _cell(K4_48, "el1", "gicv5", qemu=NEW, gic=GICV5),
+        # Other machines.
+        _cell(K4_48, "vhe", "gicv4", qemu=NEW, gic="4"),
+        _cell(K4_48, "nvhe", "versal", qemu=NEW, board=VERSAL, cpu=A72, memory=GIB4),
         # Measurements that the next kernel gets; no KASLR.
         _cell(IMA, "vhe", cpus=1, memory=MIB512, kaslr=False, append=MEASURED),
         _cell(IMA, "el1", cpus=1, memory=MIB512, kaslr=False, append=(*MEASURED, "cma=64M")),

@@ -24,7 +24,7 @@ from typing import Callable, Iterator
 
 from lab import base, build, cells, guest, host, inspector, kload, lock, paths, qemu, say
 from lab.build import Built
-from lab.cells import Cell
+from lab.cells import GICV5, Cell
 from lab.errors import LabError, UsageError
 from lab.guest import Guest
 from lab.kload import Segment
@@ -190,21 +190,21 @@ class Arena:
     """A cell that can be had freshly booted any number of times, from `with` to the end of its block.
 
     It is saved once it has booted, and put back for each case; where its kernel runs at EL2 it is booted for each,
-    because QEMU 7.2 does not put back the timers that such a kernel uses. Without KASLR, so that a seed gives the same
+    because QEMU 7.2 does not put back the timers that such a kernel uses, and with a GICv5, which QEMU can't save. Without KASLR, so that a seed gives the same
     cases; with one CPU, because no other is there when segments are moved; and no more than MEMORY MiB.
     """
 
     def __init__(self, cell: Cell, built: Built, archives: Guest, name: str = "",
                  report: Callable[[str], None] = say.info) -> None:
         self.cell = replace(cell, kaslr=False, cpus=1, memory=min(cell.memory, MEMORY))
-        self._saves = cell.el != "vhe"
+        self._saves = cell.el != "vhe" and cell.gic != GICV5
         self._built, self._guest = built, archives
         self._name, self._report = name or f"fuzz.{cell.name}", report
         self._running = ExitStack()
 
     def __enter__(self) -> "Arena":
         self._boot()
-        start = qemu.RAM_BASE
+        start, _ = qemu.first_bank(self.cell)
         self.world = World(self.cell.kernel.pages * 1024, start, start + self.cell.memory * MIB,
                            kload.kernel_base(self.machine))
         if self._saves:

@@ -6,18 +6,17 @@ import re
 from dataclasses import dataclass
 from typing import Sequence
 
-from lab import kload, selftests
+from lab import kload, qemu, selftests
 from lab.cells import Cell
 from lab.kload import Segment
 from lab.machine import Machine
 from lab.selftests import Ktap, parse_ktap
 
-UART = 0x09000000  # a PL011, on QEMU's virt machine
 FILE = "/tmp/inspector"  # in the guest
 SIZE = 0x10000  # of the inspector in memory; its arguments follow
 HEAD = 80  # bytes of the arguments, which the ranges follow
 RANGE = 32  # bytes of a range
-RESULTS = 15
+RESULTS = 16
 
 ENDS = {"powering off": "off", "resetting": "reset", "parked": "parked"}
 DIFFERENCE = re.compile(
@@ -76,7 +75,7 @@ def expected(cell: Cell) -> list[str]:
     And how to call firmware, where there is no device tree to ask.
     """
     psci = ["psci " + ("hvc" if cell.el == "el1" else "smc")] if cell.efi else []
-    return [f"uart pl011 {UART:#x}", f"el {cell.entered_at}", *psci]
+    return [f"uart pl011 {qemu.PL011[cell.board]:#x}", f"el {cell.entered_at}", *psci]
 
 
 def statements(cell: Cell, at: int, segments: Sequence[Segment], further: Sequence[str] = (), ranges: int = 1000,

@@ -33,13 +33,16 @@ VERIFY = "arch/arm64/kernel/kexec_verify.c"
 CPUS = "arch/arm64/kernel/kexec_cpus.c"
 REPORTING = "arch/arm64/kernel/kexec_report.c"
 CRASH = "arch/arm64/kernel/machine_kexec_crash.c"
+MACROS = "arch/arm64/include/asm/assembler.h"
+IRS = "drivers/irqchip/irq-gic-v5-irs.c"
 
 
 @dataclass(frozen=True)
 class Mutant:
     """One edit: `old`, which stands in `path` once, becomes `new`. The tests of the kinds `marks` go first.
 
-    It is judged on the kernel of that name.
+    It is judged on the kernel of that name. `where` picks tests by name, as pytest's -k does, from all that there are;
+    '' is a plain check.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Mutant:
     new: str
     marks: str
     kernel: str = "4k-va48"
+    where: str = ""
 
     def apply(self, content: bytes) -> bytes:
         """Raises LabError when the file has changed since the mutant was written."""
@@ -125,6 +129,16 @@ _ALL = (
     Mutant("serror-left-unmasked", ASM, "\tmsr\tdaifset, #PSR_A_BIT >> 6\n", "\tnop\n", "inspector or handover"),
     Mutant("in-place-without-device-tree", LOAD, "image->start, image->arch.dtb_mem, 0, 0);", "image->start, 0, 0, 0);",
            "handover or kdump"),
+    Mutant("tcr2-left", MACROS, "\tmsr\tREG_TCR2_EL1, xzr\n", "", "inspector"),
+    Mutant("tcr2-el12-left", MACROS, "\tmsr\tREG_TCR2_EL12, xzr\n", "", "inspector"),
+    Mutant("tcr2-left-in-place", "arch/arm64/kernel/cpu-reset.S", "\tclear_tcr2 x12\n", "", "inspector"),
+    Mutant("tcr2-left-where-pages-are-moved", ASM, "\tclear_tcr2 x9\n", "", "inspector"),
+    # A GICv5
+    Mutant("ist-left-valid", IRS, "\t\tif (FIELD_GET(GICV5_IRS_IST_BASER_VALID, baser))\n", "\t\tif (!baser)\n", "neighbours",
+           where="gicv5"),
+    Mutant("irs-left-enabled", IRS,
+           "\tlist_for_each_entry(irs_data, &irs_nodes, entry)\n\t\tgicv5_irs_disable(irs_data);\n", "", "neighbours",
+           where="gicv5"),
     # Vectors and report
     Mutant("no-vectors", ASM, "\tmsr\tvbar_el1, x0\n", "\tnop\n", "faults"),
     Mutant("no-vectors-at-el2", LOAD, "\t\t\t__hyp_set_vectors(control + TRANS_PGD_VECTORS_OFFSET);",
@@ -213,10 +227,11 @@ def judge(mutant: Mutant) -> Death:
     _build(kernel.name, env, f"the mutant {mutant.name}")  # if it fails, no test has noticed anything
     killer, once = "", []
     for marks in (mutant.marks, "not series and not lint"):
-        while not killer and (failed := _first_failure(["-m", marks, "-k", f"{kernel.name}-",
-                                                        *(f"--deselect={test}" for test in once)], kernel, env)):
+        named = f"{kernel.name}- and {mutant.where}" if mutant.where else f"{kernel.name}-"
+        while not killer and (failed := _first_failure(["-m", marks, "-k", named,
+                                                        *(f"--deselect={test}" for test in once)], mutant, env)):
             # A test that fails for another reason, on a busy machine, say, must not pass for one that noticed.
-            if _first_failure(["--jobs", "1", failed], kernel, env):
+            if _first_failure(["--jobs", "1", failed], mutant, env):
                 killer = failed
             else:
                 once.append(failed)
@@ -235,8 +250,9 @@ def first_failure(text: str) -> str:
     return match[1] if match else ""
 
 
-def _first_failure(words: Sequence[str], kernel: Kernel, env: Mapping[str, str]) -> str:
-    everything = [] if any(cell.core for cell in CELLS.values() if cell.kernel == kernel) else ["--all"]
+def _first_failure(words: Sequence[str], mutant: Mutant, env: Mapping[str, str]) -> str:
+    plain = not mutant.where and any(cell.core for cell in CELLS.values() if cell.kernel.name == mutant.kernel)
+    everything = [] if plain else ["--all"]
     command = [paths.ROOT / "kexec-lab", "check", *everything, *words, "-x", "-q", "--durations=0", "--tb=line"]
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT)

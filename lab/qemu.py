@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from lab import apt, fdt, host, lock, paths, proc
-from lab.cells import Cell
-from lab.errors import UsageError
+from lab import apt, fdt, host, lock, paths, proc, say
+from lab.cells import VERSAL, VIRT, Cell
+from lab.errors import LabError, UsageError
 
 QEMU = "qemu-system-aarch64"
+VARIABLE = "QEMU"  # in the environment: a program for cells that need a newer one than the machine's own
 # The version where memory tags work and plugins can read registers. With 7.2 a kernel finds other tags than it set; what
 # lies between was not tried.
 RECENT = 10
+NEWEST = "trixie"  # the release whose backports have the newest QEMU of Debian
 FIRMWARE = "/usr/share/qemu-efi-aarch64/QEMU_EFI.fd"
 RAM_BASE = 0x40000000
+PL011 = {VIRT: 0x09000000, VERSAL: 0xFF000000}  # physical address of the UART that is the console, by board
+LOW_MEMORY = 2048  # MiB from address 0 that Versal has; the rest is at 32 GiB
+MANY = 8  # CPUs, beyond which they run in turns
+REALTIME_CPUS = 2  # of Versal's, which are counted as well, but are of no concern to Linux
 MIB = 1 << 20
 PORT = "lab"  # name of the virtio-serial port that the guest's init looks for
 
@@ -36,31 +44,57 @@ class Boot:
 
 
 @cache
-def version(recent: bool = False) -> int:
-    """The major version of the machine's own QEMU, or of the recent one."""
-    return int(re.findall(r"version (\d+)", proc.run([program(recent)[0], "--version"]).stdout.decode())[0])
+def version(program: tuple[str, ...] = (QEMU,)) -> int:
+    """The major version of a QEMU, by default the machine's own. Raises LabError when it can't be run."""
+    try:
+        return int(re.findall(r"version (\d+)", proc.run([*program, "--version"]).stdout.decode())[0])
+    except IndexError:
+        raise LabError(f"{program[-1]} is no QEMU that runs here", "Debian's package is qemu-system-arm") from None
+
+
+def least(cell: Cell) -> int:
+    """The oldest major version of QEMU that `cell` will do with; 0: any."""
+    return max(cell.qemu, RECENT if cell.mte or cell.modelled else 0)
 
 
 @cache
-def program(recent: bool) -> tuple[str, ...]:
-    """The command that is QEMU: the machine's own, or one of Debian's backports if that is to be RECENT and is not.
+def program(oldest: int = 0) -> tuple[str, ...]:
+    """The command that is a QEMU of the major version `oldest` or later.
 
-    Raises LabError when it is not to be had.
+    Any is the machine's own. Where that is too old it is what QEMU= names, the
+    machine's own being newer than thought, or the newest that Debian has. Raises
+    UsageError if what QEMU= names is too old, LabError if there is none to be had.
     """
-    if not recent or version() >= RECENT:
+    named = os.environ.get(VARIABLE)
+    if oldest and named:
+        if version((named,)) < oldest:
+            raise UsageError(f"{VARIABLE}={named} is version {version((named,))}, and a cell needs {oldest}",
+                             f"leave {VARIABLE} unset to have Debian's newest fetched")
+        return (named,)
+    if not oldest or shutil.which(QEMU) and version() >= oldest:
         return (QEMU,)
-    debs = apt.fetch(["qemu-system-arm", "qemu-system-common", "qemu-system-data"], host.architecture(),
-                     f"{host.release()}-backports")
+    newest = _newest()
+    if version(newest) < oldest:
+        raise LabError(f"Debian's newest QEMU is version {version(newest)}, and a cell needs {oldest}", VARIABLE + "=")
+    return newest
+
+
+def _newest() -> tuple[str, ...]:
+    """The newest QEMU of Debian, unpacked below the cache, with the libraries that it was built for.
+
+    These may be newer than the machine's own, so it is their dynamic linker that runs it. Raises LabError.
+    """
+    debs = apt.fetch(["qemu-system-arm"], host.architecture(), f"{NEWEST}-backports", deps=True, upon=NEWEST)
     home = paths.CACHE / debs["qemu-system-arm"].stem
     with lock.held(paths.CACHE / "lock", "the cache"):
         if not home.exists():
-            with paths.whole(home) as folder:
+            with say.phase("unpacking QEMU"), paths.whole(home) as folder:
                 for deb in debs.values():
                     proc.run(["dpkg-deb", "-x", deb, folder])
-    return str(home / "usr/bin" / QEMU), "-L", str(home / "usr/share/qemu")
-
-
-MANY = 8  # CPUs, beyond which they run in turns
+    [linker] = home.glob("usr/lib*/ld-linux-*.so.*")
+    [libc] = home.glob("usr/lib/*/libc.so.6")
+    return (str(linker), "--library-path", str(libc.parent), str(home / "usr/bin" / QEMU),
+            "-L", str(home / "usr/share/qemu"))
 
 
 def machine(cell: Cell, accel: str) -> list[str]:
@@ -68,21 +102,29 @@ def machine(cell: Cell, accel: str) -> list[str]:
     if accel == "kvm" and cell.el != "el1":
         raise UsageError(f"{cell.name} needs a guest with EL2, which KVM does not give it",
                          "leave out --accel kvm, or take one of the el1 cells")
-    el2 = ",virtualization=on" if cell.el != "el1" else ""
-    its = "" if cell.has_its else ",its=off"
-    mte = ",mte=on" if cell.mte else ""
-    seed = "" if cell.has_seed else ",dtb-randomness=off"
     # In turns, CPUs that wait for a lock give way to the one that holds it. With a thread for each, and fewer CPUs of
     # the host's, a scheduler that knows nothing of locks was seen to take minutes for what takes seconds.
     turns = ",thread=single" if accel == "tcg" and cell.cpus > MANY else ""
-    return ["-machine", f"virt,gic-version=3{its}{el2}{mte}{seed},memory-backend=ram",
+    return ["-machine", f"{_board(cell)},memory-backend=ram",
             "-object", f"memory-backend-ram,id=ram,size={cell.memory}M,reserve=off",
             "-m", f"{cell.memory}M",
             "-accel", accel + turns,
             "-cpu", "host" if accel == "kvm" else cell.cpu,
-            "-smp", str(cell.cpus),
+            "-smp", str(cell.cpus + (REALTIME_CPUS if cell.board == VERSAL else 0)),
             *(["-bios", FIRMWARE] if cell.efi else []),
             "-nodefaults", "-display", "none", "-no-reboot"]
+
+
+def _board(cell: Cell) -> str:
+    """The machine, and what it has that not each cell has."""
+    if cell.board != VIRT:
+        return cell.board
+    el2 = ",virtualization=on" if cell.el != "el1" else ""
+    its = "" if cell.has_its else ",its=off"
+    mte = ",mte=on" if cell.mte else ""
+    seed = "" if cell.has_seed else ",dtb-randomness=off"
+    smmu = ",iommu=smmuv3" if cell.smmu else ""
+    return f"{VIRT},gic-version={cell.gic}{its}{el2}{mte}{seed}{smmu}"
 
 
 # Of a 16550: number of the line status register; there is room, and all is sent
@@ -103,12 +145,17 @@ def arguments(boot: Boot) -> list[str]:
     """All that a boot by hand and one by the laboratory have in common."""
     def disk(name: str, path: Path) -> list[str]:
         return ["-drive", f"if=none,id={name},file={path},format=raw,readonly=on",
-                "-device", f"virtio-blk-device,drive={name},serial={name}"]
+                "-device", f"{_disk(boot.cell)},drive={name},serial={name}"]
 
-    return [*program(boot.cell.recent_qemu), *machine(boot.cell, boot.accel),
+    return [*program(least(boot.cell)), *machine(boot.cell, boot.accel),
             *(["-dtb", str(boot.dtb)] if boot.dtb else []),
             "-kernel", str(boot.image), "-initrd", str(boot.initrd), "-append", parameters(boot.cell),
             *disk("Image", boot.next_image), *disk("initrd", boot.next_initrd), *_always_ready(boot.cell)]
+
+
+def _disk(cell: Cell) -> str:
+    """A disk that is behind the SMMU, where there is one."""
+    return "virtio-blk-pci,iommu_platform=on,romfile=" if cell.smmu else "virtio-blk-device"
 
 
 def _always_ready(cell: Cell) -> list[str]:
@@ -142,7 +189,7 @@ def scratch_disk(name: str, path: Path, cell: Cell) -> list[str]:
     with open(path, "wb") as file:
         file.truncate((cell.memory + 64) * MIB)
     return ["-drive", f"if=none,id={name},file={path},format=raw,cache=unsafe",
-            "-device", f"virtio-blk-device,drive={name},serial={name}"]
+            "-device", f"{_disk(cell)},drive={name},serial={name}"]
 
 
 def snapshots(path: Path) -> list[str]:
@@ -165,6 +212,13 @@ def holes(memory: int) -> list[tuple[int, int]]:
             (end - 0x30000, 0x10000)]  # two pages short of the end
 
 
+def first_bank(cell: Cell) -> tuple[int, int]:
+    """Physical address and size in bytes of the memory that a cell has in one piece."""
+    if cell.board == VERSAL:
+        return 0, min(cell.memory, LOW_MEMORY) * MIB
+    return RAM_BASE, cell.memory * MIB
+
+
 def uart(memory: int) -> int:
     """Physical address of what passes for a 16550 in a machine with `memory` MiB: memory that is left alone."""
     return RAM_BASE + memory * MIB // 2 + 32 * MIB
@@ -174,7 +228,7 @@ def device_tree(cell: Cell, path: Path, accel: str = "tcg") -> fdt.Tree:
     """The tree that QEMU makes for a cell. `path` is for a file that is left there."""
     options = machine(cell, accel)
     options[1] += f",dumpdtb={path}"
-    proc.run([*program(cell.recent_qemu), *options])
+    proc.run([*program(least(cell)), *options])
     return fdt.parse(path.read_bytes())
 
 

@@ -15,10 +15,11 @@ from typing import Callable, ContextManager, Iterator
 
 import pytest
 
-from lab import base, build, cells, guest, host, lock, paths, say, upto
+from lab import base, build, cells, guest, host, lock, paths, qemu, say, upto
 from lab.base import Source
 from lab.build import Built
 from lab.cells import Cell, Kernel
+from lab.errors import LabError, UsageError
 from lab.guest import Guest
 from lab.handover import verify_first
 from lab.machine import Machine
@@ -90,6 +91,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = on_this_base(items)
     if upto.chosen():  # the rest was tested without a kernel, or with none of ours
         items[:] = [item for item in items if isinstance(_cell(item), Cell) and _cell(item).kernel.patched]
+    if not config.option.collectonly:
+        items[:] = with_a_qemu(items, lambda text: _is_worker(config) or say.info(text))
     # Without cells in this run pytest leaves a parametrized test behind, to be skipped.
     items[:] = [item for item in items
                 if "cell" not in getattr(item, "fixturenames", ()) or isinstance(_cell(item), Cell)]
@@ -106,6 +109,24 @@ def on_this_base(items: list[pytest.Item]) -> list[pytest.Item]:
     assert not set().union(*needs) - set(upto.marks()), "a mark needs what there is not"
     lacks = set(base.source().base.lacks) | upto.lacking() if any(needs) else set()
     return [item for item, features in zip(items, needs) if not features & lacks]
+
+
+def with_a_qemu(items: list[pytest.Item], tell: Callable[[str], object]) -> list[pytest.Item]:
+    """The tests for whose cells a QEMU is to be had; `tell` gets a line for each version that is not.
+
+    Raises UsageError when QEMU= names one that is too old.
+    """
+    without = set()
+    for oldest in sorted({qemu.least(cell) for cell in map(_cell, items) if isinstance(cell, Cell)} - {0}):
+        try:
+            qemu.program(oldest)
+        except UsageError:
+            raise
+        except LabError as error:
+            without.add(oldest)
+            tell(f"left out is what takes QEMU {oldest}: {error.message}")
+    return [item for item in items
+            if not isinstance(cell := _cell(item), Cell) or qemu.least(cell) not in without]
 
 
 def _group(item: pytest.Item) -> str:

@@ -178,10 +178,10 @@ def test_the_corpus_holds_what_was_put_in() -> None:
     ("[ 1.0] lab: kload 2 kexec_inspect: x: y\n", "bad"),
     ("[ 1.0] kexec: Bye!\nkexec: corrupt image: segment 0x1, CRC\nkexec: parked\n", "bad"),
     ("Kernel panic - not syncing: x\n", "bad"),
-    ("TAP version 13\n1..15\nok 1 a\n# inspector: parked\n", "bad"),
-    ("TAP version 13\n1..15\n" + "".join(f"ok {n} a\n" for n in range(1, 16)) + "# inspector: parked\n", "good"),
-    ("TAP version 13\n1..15\n" + "".join(f"ok {n} a\n" for n in range(1, 15)) +
-     "not ok 15 b\n# inspector: parked\n", "bad")])
+    ("TAP version 13\n1..16\nok 1 a\n# inspector: parked\n", "bad"),
+    ("TAP version 13\n1..16\n" + "".join(f"ok {n} a\n" for n in range(1, 17)) + "# inspector: parked\n", "good"),
+    ("TAP version 13\n1..16\n" + "".join(f"ok {n} a\n" for n in range(1, 16)) +
+     "not ok 16 b\n# inspector: parked\n", "bad")])
 def test_verdicts(console: str, verdict: str | None) -> None:
     found = judge(console)
     assert (found[0] if found else None) == verdict

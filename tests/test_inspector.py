@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.inspector, pytest.mark.needs("arm64")]
 MIB = 1 << 20
 
 # Who is entered by kexec_file_load() in a plain check: each exception level, and where the image is in place
-BY_FILE = ("4k-va48-vhe-cma", "4k-va48-nvhe-a57", "4k-va48-el1-a72", "64k-va52-vhe-nolva", "64k-va52-nvhe-cma",
+BY_FILE = ("4k-va48-vhe-cma", "4k-va48-vhe-new", "4k-va48-nvhe-a57", "4k-va48-el1-a72", "64k-va52-vhe-nolva", "64k-va52-nvhe-cma",
            "64k-va52-el1-holes")
 
 
@@ -38,7 +38,8 @@ def good(report: Report) -> None:
 def test_on_every_cell(cell: Cell, machine: Machine) -> None:
     """Segments over the running kernel, beside each other, of one page, with less contents than room."""
     page = cell.kernel.pages * 1024
-    middle, kernel = qemu.RAM_BASE + cell.memory * MIB // 2, kernel_base(machine)
+    start, size = qemu.first_bank(cell)
+    middle, kernel = start + size // 2, kernel_base(machine)
     # KASLR may have put the kernel anywhere; what is about it may be a hole.
     far = [start for start in (middle + 32 * MIB, middle - 96 * MIB) if abs(start - kernel) > 64 * MIB][0]
     segments = [pattern(kernel, 8 * MIB, 1),
@@ -196,7 +197,7 @@ def test_the_end_that_was_asked_for(cell: Cell, machine: Machine, end: str, foun
 
 
 def test_reports_are_understood() -> None:
-    text = ("junk\r\nTAP version 13\r\n1..15\r\n# EL1 ...\r\nok 1 a\r\n"
+    text = ("junk\r\nTAP version 13\r\n1..16\r\n# EL1 ...\r\nok 1 a\r\n"
             "# destination 3 at 0x40000000 size 0x1000 first difference at 0x40000123 found 0x1 expected 0x2, "
             "words that differ: 7\r\nnot ok 2 b\r\n# inspector: resetting\r\n")
     report = parse(text)
