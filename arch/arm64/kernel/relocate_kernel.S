@@ -284,9 +284,11 @@ CPU_LE(	rev	x1, x1		)
 CPU_BE(	mov	x0, x18		)
 	ldp	x2, x3, [x28, #KEXEC_ARGS_TIMING_VALUES]
 	ldp	x4, x5, [x28, #KEXEC_ARGS_TIMING_VALUES + 16]
+	ldp	x6, x7, [x28, #KEXEC_ARGS_TIMING_VALUES + 32]
 	stp	x2, x3, [x8]
 	stp	x4, x5, [x8, #16]
-	stp	x0, x1, [x8, #32]
+	stp	x6, x7, [x8, #32]
+	stp	x0, x1, [x8, #48]
 	add	x1, x8, #KEXEC_TIMING_SIZE
 	dcache_by_myline_op_nosync civac, x8, x1, x24, x0
 	dsb	sy			// as above, for these lines
@@ -301,7 +303,7 @@ CPU_BE(	mov	x0, x18		)
 	pre_disable_mmu_workaround
 	msr	sctlr_el1, x9
 	isb				// fetch from the physical address now
-	clear_tcr2 x9
+	clear_tcr2
 
 	cbz	x27, .Lenter
 	mov	x0, #HVC_SOFT_RESTART	// served by our own vectors
@@ -497,12 +499,11 @@ SYM_CODE_START_LOCAL_NOALIGN(kexec_mmu_off)
 	mov_q	x0, INIT_SCTLR_EL1_MMU_OFF
 	pre_disable_mmu_workaround
 	msr	sctlr_el1, x0
-	isb				// fetch from the physical address now
-	ret
+	b	2f
 1:	mov_q	x0, INIT_SCTLR_EL2_MMU_OFF
 	pre_disable_mmu_workaround
 	msr	sctlr_el2, x0
-	isb				// as above
+2:	isb				// fetch from the physical address now
 	ret
 SYM_CODE_END(kexec_mmu_off)
 
