@@ -449,6 +449,7 @@ SYM_CODE_START_NOALIGN(kexec_fault)
 3:	cmp	x0, #1
 	b.hi	kexec_park
 	bl	kexec_mmu_off
+	str	xzr, [x28, #KEXEC_ARGS_UART]	// writing may be what caused it
 	b	kexec_give_up
 SYM_CODE_END(kexec_fault)
 
@@ -456,28 +457,21 @@ SYM_CODE_END(kexec_fault)
  * kexec_give_up - do what panic_timeout says: 0 parks, anything else resets
  *
  * x26: slot of the exception, 0 if there was none, in a register that firmware
- * preserves; x28 as above. The MMU is off. Does not return. After a second
- * exception this writes nothing: writing may be what caused it.
+ * preserves; x28 as above. The MMU is off. Does not return.
  */
 SYM_CODE_START_LOCAL_NOALIGN(kexec_give_up)
 	ldr	w8, [x28, #KEXEC_ARGS_TIMEOUT]
 	cbz	w8, 2f
 	ldr	w8, [x28, #KEXEC_ARGS_PSCI]
 	cbz	w8, 2f
-	mrs	x0, tpidrro_el0
-	cmp	x0, #1
-	b.hi	3f
 	say	"\r\nkexec: resetting\r\n"
-3:	mov_q	x0, PSCI_0_2_FN_SYSTEM_RESET
+	mov_q	x0, PSCI_0_2_FN_SYSTEM_RESET
 	cmp	w8, #KEXEC_PSCI_HVC
 	b.eq	1f
 	smc	#0
 	b	2f
 1:	hvc	#0
-2:	mrs	x0, tpidrro_el0		// no reset wanted, or none to be had
-	cmp	x0, #1
-	b.hi	kexec_park
-	say	"\r\nkexec: parked\r\n"
+2:	say	"\r\nkexec: parked\r\n"	// no reset wanted, or none to be had
 SYM_INNER_LABEL(kexec_park, SYM_L_LOCAL)
 	cbz	x26, kexec_corrupt_park
 	add	x26, x26, #TRANS_PGD_VECTOR_PARK
