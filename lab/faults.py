@@ -39,8 +39,8 @@ SCTLR = 0xD5181000  # msr sctlr_el1, x0
 BRK = 0xD4202000  # brk #FAULT_BRK_IMM
 BAD_CALL = 0xD2800EE0  # mov x0, #0x77: a hypercall that nobody serves
 LOAD_NULL = (0xAA1F03E0, 0xF9400000)  # mov x0, xzr; ldr x0, [x0]
-SELF_IRQ = (0xD2800020, 0xD518CBA0, 0xD5033FDF, 0xD50342FF)
-#          mov x0, #1; msr icc_sgi1r_el1, x0; isb; msr daifclr, #2: an SGI to itself
+SELF_IRQ = (0xD2800020, 0xD518CCE0, 0xD518CBA0, 0xD5033FDF, 0xD50342FF)
+#          mov x0, #1; msr icc_igrpen1_el1, x0; msr icc_sgi1r_el1, x0; isb; msr daifclr, #2: an SGI to itself
 TO_EL2 = (
     0x10000061,  # adr x1, .+12
     0xD2800020,  # mov x0, #HVC_SOFT_RESTART

@@ -449,7 +449,6 @@ SYM_CODE_START_NOALIGN(kexec_fault)
 3:	cmp	x0, #1
 	b.hi	kexec_park
 	bl	kexec_mmu_off
-	str	xzr, [x28, #KEXEC_ARGS_UART]	// writing may be what caused it
 	b	kexec_give_up
 SYM_CODE_END(kexec_fault)
 
@@ -536,10 +535,15 @@ SYM_CODE_END(kexec_puts_hex)
 /*
  * kexec_puts - write a string
  *
- * x0: string, x28 as above. Corrupts x0 to x4 and x9 to x11.
+ * After a second exception this writes nothing: writing may be what caused it.
+ *
+ * x0: string, x28 as above. Corrupts x0 to x4, x9 to x11 and the flags.
  */
 SYM_CODE_START_LOCAL_NOALIGN(kexec_puts)
 	mov	x4, x30
+	mrs	x2, tpidrro_el0
+	cmp	x2, #1
+	b.hi	2f
 1:	ldrb	w2, [x0], #1
 	cbz	w2, 2f
 	bl	kexec_putc
