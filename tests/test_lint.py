@@ -39,6 +39,8 @@ class Waiver:
 WAIVERS = (
     Waiver("MISSING_SIGN_OFF", "", "whoever mails the series signs it off"),
     Waiver("CAMELCASE", "<(CurrentEL|SPSel|_Noreturn)>", "names of system registers, and a keyword of C"),
+    Waiver("CAMELCASE", "<Lno_tcr2>", "a label of an assembler macro"),
+    Waiver("SPACING", r"\| \+\.Lno_tcr2", "the same label, in a header, which passes for C"),
     Waiver("CAMELCASE", "<Unlock>", "a label that kernel_kexec() has"),
     Waiver("LEADING_SPACE", r"\| \+  DEFINE\(", "the way asm-offsets.c is indented"),
     Waiver("DEFINE_ARCH_HAS", "'ARCH_HAS_KIMAGE_ARCH'", "the name by which linux/kexec.h asks for it"),
@@ -47,7 +49,8 @@ WAIVERS = (
            "054698316d87)'",
            "they are mainline's, which the base has without its history"),
     Waiver("MISSING_FIXES_TAG", r"-(virtio-mmio-irq|text-offset-wraps|no-cfi-check|ask-all-cpus|reserved-for-the-kernel|"
-           r"own-memory-is-no-lpi-table|clear-lpis-of-any-cpu|switch-lpis-off|no-kaslr-seed-for-nokaslr)\.patch",
+           r"own-memory-is-no-lpi-table|switch-lpis-off|no-kaslr-seed-for-nokaslr|"
+           r"kvm-clean-init-params|hibernate-clean-hyp-stub|clear-tcr2)\.patch",
            "the base has no history that would tell which commit it is"),
     Waiver("ENOSYS", r"arguments\.c|error == ENOSYS", "a test that asks whether there is such a system call"),
     Waiver("FILE_PATH_CHANGES", "", "MAINTAINERS covers arch/arm64/, Documentation/arch/arm64/ and "
