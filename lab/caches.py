@@ -107,7 +107,7 @@ def describe(finding: Finding, names: Names) -> str:
 
 def options(cell: Cell, out: Path, strict: bool = True) -> list[str]:
     """What QEMU needs to be told to have the caches of `cell` modelled. `strict`: see lab/plugin/caches.c."""
-    library = plugin.build("caches", qemu.version(qemu.program(qemu.least(cell))))
+    library = plugin.build("caches", qemu.version(qemu.program(*qemu.versions(cell))))
     return ["-plugin", f"file={library},out={out},size={cell.memory * qemu.MIB}" + ("" if strict else ",strict=off")]
 
 

@@ -17,7 +17,7 @@ from lab.errors import LabError, UsageError
 QEMU = "qemu-system-aarch64"
 VARIABLE = "QEMU"  # in the environment: a program for cells that need a newer one than the machine's own
 # The version where memory tags work and plugins can read registers. With 7.2 a kernel finds other tags than it set; what
-# lies between was not tried.
+# lies between was not tried. 11 takes no plugin that is made for 10.
 RECENT = 10
 NEWEST = "trixie"  # the release whose backports have the newest QEMU of Debian
 FIRMWARE = "/usr/share/qemu-efi-aarch64/QEMU_EFI.fd"
@@ -52,19 +52,22 @@ def version(program: tuple[str, ...] = (QEMU,)) -> int:
         raise LabError(f"{program[-1]} is no QEMU that runs here", "Debian's package is qemu-system-arm") from None
 
 
-def least(cell: Cell) -> int:
-    """The oldest major version of QEMU that `cell` will do with; 0: any."""
-    return max(cell.qemu, RECENT if cell.mte or cell.modelled else 0)
+def versions(cell: Cell) -> tuple[int, int]:
+    """The oldest and the newest major version of QEMU that `cell` will do with; 0: any."""
+    return max(cell.qemu, RECENT if cell.mte or cell.modelled else 0), RECENT if cell.modelled else 0
 
 
 @cache
-def program(oldest: int = 0) -> tuple[str, ...]:
-    """The command that is a QEMU of the major version `oldest` or later.
+def program(oldest: int = 0, newest: int = 0) -> tuple[str, ...]:
+    """The command that is a QEMU of the major version `oldest` or later, and no later than `newest` unless that is 0.
 
     Any is the machine's own. Where that is too old it is what QEMU= names, the
-    machine's own being newer than thought, or the newest that Debian has. Raises
-    UsageError if what QEMU= names is too old, LabError if there is none to be had.
+    machine's own being newer than thought, or the newest that Debian has; with a
+    `newest`, what the backports of the machine's release have. Raises UsageError if
+    what QEMU= names is too old, LabError if there is none to be had.
     """
+    if newest:
+        return (QEMU,) if oldest <= version() <= newest else _backported(oldest, newest)
     named = os.environ.get(VARIABLE)
     if oldest and named:
         if version((named,)) < oldest:
@@ -73,10 +76,26 @@ def program(oldest: int = 0) -> tuple[str, ...]:
         return (named,)
     if not oldest or shutil.which(QEMU) and version() >= oldest:
         return (QEMU,)
-    newest = _newest()
-    if version(newest) < oldest:
-        raise LabError(f"Debian's newest QEMU is version {version(newest)}, and a cell needs {oldest}", VARIABLE + "=")
-    return newest
+    found = _newest()
+    if version(found) < oldest:
+        raise LabError(f"Debian's newest QEMU is version {version(found)}, and a cell needs {oldest}", VARIABLE + "=")
+    return found
+
+
+def _backported(oldest: int, newest: int) -> tuple[str, ...]:
+    """The QEMU that the backports of the machine's release have, unpacked below the cache. Raises LabError."""
+    debs = apt.fetch(["qemu-system-arm", "qemu-system-common", "qemu-system-data"], host.architecture(),
+                     f"{host.release()}-backports")
+    home = paths.CACHE / debs["qemu-system-arm"].stem
+    with lock.held(paths.CACHE / "lock", "the cache"):
+        if not home.exists():
+            with paths.whole(home) as folder:
+                for deb in debs.values():
+                    proc.run(["dpkg-deb", "-x", deb, folder])
+    found = str(home / "usr/bin" / QEMU), "-L", str(home / "usr/share/qemu")
+    if not oldest <= version(found) <= newest:
+        raise LabError(f"{host.release()}-backports have QEMU {version(found)}, and a cell needs {oldest} to {newest}")
+    return found
 
 
 def _newest() -> tuple[str, ...]:
@@ -147,7 +166,7 @@ def arguments(boot: Boot) -> list[str]:
         return ["-drive", f"if=none,id={name},file={path},format=raw,readonly=on",
                 "-device", f"{_disk(boot.cell)},drive={name},serial={name}"]
 
-    return [*program(least(boot.cell)), *machine(boot.cell, boot.accel),
+    return [*program(*versions(boot.cell)), *machine(boot.cell, boot.accel),
             *(["-dtb", str(boot.dtb)] if boot.dtb else []),
             "-kernel", str(boot.image), "-initrd", str(boot.initrd), "-append", parameters(boot.cell),
             *disk("Image", boot.next_image), *disk("initrd", boot.next_initrd), *_always_ready(boot.cell)]
@@ -228,7 +247,7 @@ def device_tree(cell: Cell, path: Path, accel: str = "tcg") -> fdt.Tree:
     """The tree that QEMU makes for a cell. `path` is for a file that is left there."""
     options = machine(cell, accel)
     options[1] += f",dumpdtb={path}"
-    proc.run([*program(least(cell)), *options])
+    proc.run([*program(*versions(cell)), *options])
     return fdt.parse(path.read_bytes())
 
 

@@ -117,16 +117,16 @@ def with_a_qemu(items: list[pytest.Item], tell: Callable[[str], object]) -> list
     Raises UsageError when QEMU= names one that is too old.
     """
     without = set()
-    for oldest in sorted({qemu.least(cell) for cell in map(_cell, items) if isinstance(cell, Cell)} - {0}):
+    for wanted in sorted({qemu.versions(cell) for cell in map(_cell, items) if isinstance(cell, Cell)} - {(0, 0)}):
         try:
-            qemu.program(oldest)
+            qemu.program(*wanted)
         except UsageError:
             raise
         except LabError as error:
-            without.add(oldest)
-            tell(f"left out is what takes QEMU {oldest}: {error.message}")
+            without.add(wanted)
+            tell(f"left out is what takes QEMU {wanted[0]}: {error.message}")
     return [item for item in items
-            if not isinstance(cell := _cell(item), Cell) or qemu.least(cell) not in without]
+            if not isinstance(cell := _cell(item), Cell) or qemu.versions(cell) not in without]
 
 
 def _group(item: pytest.Item) -> str:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.lint
 
 PACKAGE = Path("/usr/lib/python3/dist-packages/dtschema")
 NAME = "linux,kexec-timing"
-NUMBERS = (1, 62500000, 0x48000000, 10, 20, 0, 4096, 20, 20)
+NUMBERS = (1, 62500000, 0x48000000, 10, 18, 19, 20, 0, 4096, 20, 20)
 
 
 def proposal() -> str:
@@ -69,11 +69,11 @@ def test_the_schema_is_one(schemas: Path) -> None:
 
 def test_what_is_handed_over_is_valid(schemas: Path, tmp_path: Path) -> None:
     assert complaints(schemas, tree(tmp_path, fdt.pairs(*NUMBERS))) == []
-    assert complaints(schemas, tree(tmp_path, bytes(72))) == []
+    assert complaints(schemas, tree(tmp_path, bytes(88))) == []
 
 
 @pytest.mark.parametrize("value", [fdt.pairs(*NUMBERS[:-1]), fdt.pairs(*NUMBERS, 0), fdt.pairs(*NUMBERS) + fdt.cell(0)],
-                         ids=["eight", "ten", "nine.and.a.half"])
+                         ids=["ten", "twelve", "eleven.and.a.half"])
 def test_what_is_not_is_told(schemas: Path, tmp_path: Path, value: bytes) -> None:
     assert any(NAME in line for line in complaints(schemas, tree(tmp_path, value)))
 

@@ -125,7 +125,7 @@ def execute(folder: Path, body: str, strict: bool = True) -> Seen:
     proc.run([f"{host.CROSS_COMPILE}as", "-o", folder / "program.o", folder / "program.S"])
     proc.run([f"{host.CROSS_COMPILE}objcopy", "-O", "binary", folder / "program.o", folder / "program"])
     cell = machine_for(CELLS["4k-va48-el1-a72"], memory=MEMORY)
-    subprocess.run([*qemu.program(qemu.least(cell)), "-machine", "virt", "-cpu", A72, "-m", str(MEMORY), "-nodefaults",
+    subprocess.run([*qemu.program(*qemu.versions(cell)), "-machine", "virt", "-cpu", A72, "-m", str(MEMORY), "-nodefaults",
                     "-display", "none", "-device",
                     f"loader,file={folder / 'program'},addr={AT:#x},cpu-num=0,force-raw=on",
                     *caches.options(cell, folder / "out", strict)], check=True, timeout=60)
@@ -175,7 +175,7 @@ def test_every_kind_has_its_program() -> None:
 # Kernels
 
 CHAIN = ("load-nocheck", "in place", "resume, crash")
-PLAIN = {replace(cell, core=True): ("load", *CHAIN[1:]) if label == "EL1" else CHAIN
+PLAIN = {replace(cell, core=label == "VHE"): ("load", *CHAIN[1:]) if label == "EL1" else CHAIN
          for label, cell in caches.machines().items()}
 # Everything else, one machine each.
 STEPS = [step for step in caches.STEPS if step != "resume"]

@@ -247,7 +247,7 @@ def test_hibernate(cell: Cell, lab: Lab, request: pytest.FixtureRequest) -> None
 
 def test_a_qemu_that_is_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes it is left out, with a line; the rest is not."""
-    def program(oldest: int = 0) -> tuple[str, ...]:
+    def program(*wanted: int) -> tuple[str, ...]:
         raise LabError("no network", "at all")
 
     monkeypatch.setattr(conftest.qemu, "program", program)
