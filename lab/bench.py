@@ -147,11 +147,11 @@ def relocate(built: Built, archives: Guest, mib: int, verify: bool, scattered: b
 
 def _without(members: list[str], m: Machine, built: Built, socket: Path) -> None:
     """Leave, and set members of the arguments to 0 at the entry to the control page."""
-    machine_kexec = read_symbols(built.vmlinux)["machine_kexec"]
+    symbols = read_symbols(built.vmlinux)
     offsets = read_offsets(built.objdir / "include/generated/asm-offsets.h")
     with Gdb(socket) as gdb:
-        gdb.run_to(machine_kexec, PATIENCE, str(m.console), lambda: m.begin("kexec -e"))
-        control = enter(gdb, machine_kexec, str(m.console))
+        gdb.run_to(symbols["machine_kexec"], PATIENCE, str(m.console), lambda: m.begin("kexec -e"))
+        control = enter(gdb, symbols, "machine_kexec", str(m.console))
         for member in members:
             gdb.write(control + ARGS + offsets[f"KEXEC_ARGS_{member}"], bytes(8))
         gdb.resume()

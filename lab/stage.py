@@ -346,7 +346,7 @@ class Stage:
 
     def _enter(self) -> None:
         """From machine_kexec() to the control page."""
-        enter(self.gdb, self.symbols["machine_kexec"], str(self.machine.console))
+        enter(self.gdb, self.symbols, "machine_kexec", str(self.machine.console))
 
     def _look(self) -> Scene:
         """The scene at the entry to the control page."""
@@ -421,12 +421,14 @@ class Stage:
         return int.from_bytes(self.gdb.read(self.symbols[symbol], 8, virtual=True), "little")
 
 
-def enter(gdb: Gdb, start: int, console: str) -> int:
+def enter(gdb: Gdb, symbols: dict[str, int], function: str, console: str) -> int:
     """From the start of a kernel's function to where it branches to an address that the kernel does not have.
 
-    Returns that (physical) address, which is the PC now.
+    Returns that (physical) address, which is the PC now. Other CPUs may run, elsewhere.
     """
-    words = struct.unpack("<512I", gdb.read(start, 2048, virtual=True))
+    start = symbols[function]
+    size = min(address for address in symbols.values() if address > start) - start & ~3
+    words = struct.unpack(f"<{size // 4}I", gdb.read(start, size, virtual=True))
     branches = {start + 4 * index: word for index, word in enumerate(words) if word & BLR_MASK == BLR}
     for address in branches:
         gdb.set_break(address)

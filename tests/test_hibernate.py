@@ -172,7 +172,8 @@ FAULTY = [replace(hibernate.machine_for(CELLS[name], kaslr=False), name=f"{name}
 def test_fault_while_resuming(cell: Cell, lab: Lab, tmp_path: Path) -> None:
     """An exception on the way into the kernel that hibernated parks in its vector, beside the code that runs there."""
     built = lab.kernels[cell.kernel]
-    resume = read_symbols(built.vmlinux)["swsusp_arch_resume"]
+    symbols = read_symbols(built.vmlinux)
+    resume = symbols["swsusp_arch_resume"]
 
     def provoke() -> None:
         with Gdb(tmp_path / "gdb") as gdb:
@@ -180,7 +181,7 @@ def test_fault_while_resuming(cell: Cell, lab: Lab, tmp_path: Path) -> None:
             gdb.resume()
             assert gdb.wait(240), "nothing resumes"
             gdb.clear_break(resume)
-            page = enter(gdb, resume, str(m.console))
+            page = enter(gdb, symbols, "swsusp_arch_resume", str(m.console))
             gdb.write(page, bytes(4))  # an undefined instruction
             slot = page + 0x800 + SLOTS.index("spx sync") * 0x80 + 0x70
             end = time.monotonic() + 60
