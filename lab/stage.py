@@ -42,6 +42,7 @@ TABLE = 0x0000_FFFF_FFFF_F000  # address in a descriptor or a TTBR, 4 KiB pages
 DESTINATION, INDIRECTION, DONE, SOURCE = 1, 2, 4, 8
 
 PARK = 0x14000000  # b .
+BOOT_CPU = "1"  # by gdb's numbers, which begin there
 PATIENCE = 60.0  # seconds until a guest has done what takes it one: the host may be busy
 BLR, BLR_MASK = 0xD63F0000, 0xFFFFFC1F
 
@@ -308,6 +309,7 @@ class Stage:
             self._saved = True
         self.gdb.interrupt()
         self.machine.snapshot("loadvm leaving")
+        self.gdb.select(BOOT_CPU)  # another one may have stopped last
         self.events.take()
         if panic:
             self.gdb.write(self.symbols["panic_timeout"], struct.pack("<i", panic), virtual=True)

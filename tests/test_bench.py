@@ -238,7 +238,7 @@ def test_targets() -> None:
         loads = [bench.Load(name, memory, loader, 100 * (slower if memory > 512 else 1), 100, pages if loader == "load" else None)
                  for name in (bench.OURS, bench.MAINLINE) for memory in (512, 65536, 131072)
                  for loader in ("load", "file")]
-        down = [downtime.Downtime(bench.OURS, which, 200.0, seen - 200, timing.Timing(200.0, mib, 100.0, 700.0))
+        down = [downtime.Downtime(bench.OURS, which, 200.0, seen - 200, timing.Timing(200.0, 1.0, mib, 100.0, 700.0))
                 for which, mib in ((True, 40.0), (False, copied))]
         return {one.what: one.reached for one in bench.targets(relocations, loads, down)}
 

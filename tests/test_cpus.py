@@ -6,6 +6,7 @@ import re
 import struct
 import time
 from dataclasses import replace
+from typing import Callable
 
 import pytest
 
@@ -28,6 +29,8 @@ STAGED = core_only([CELLS["4k-va48-nvhe"], CELLS["4k-va48-vhe"], CELLS["4k-va48-
 SYSFS = "/sys/devices/system/cpu"
 OPERATIONS = ("get_version", "cpu_suspend", "cpu_off", "cpu_on", "migrate", "affinity_info")  # of psci_ops, in order
 NOTHING = "cpu_psci_cpu_disable"  # returns 0: success, and ON
+BRANCH_TO_SELF = (0x14000000).to_bytes(4, "little")
+DAIF = 0x3C0  # in PSTATE
 PATIENCE = 60.0  # seconds, for what a kernel bounds by eleven of its own
 
 
@@ -111,34 +114,10 @@ def test_some_never_came(machine: Machine) -> None:
     assert online(machine) == 2
 
 
-# KVM waits for each CPU to leave EL2, before anybody is stopped, and waits for ever
-HELD = [replace(one, name=f"{one.name}-held", append=(*one.append, "kvm.enable_virt_at_load=0")) for one in (*FEW, NMI)]
-
-
 def provoke(m: Machine, arguments: str) -> None:
     """Have a CPU do what the module says, in the background, from now on."""
     module.put(m)
     m.sh(f"{module.insert(arguments)} >/dev/null 2>&1 &\nsleep 0.5")
-
-
-@pytest.mark.cells(*HELD)
-def test_interrupts_off(machine: Machine) -> None:
-    """A CPU that takes no interrupt for some seconds is waited for, and named."""
-    load(machine, "file")
-    provoke(machine, "how=hold cpu=1 ranges=0,8000")
-    since = len(machine.log())
-    verify(machine, machine.exec(), since)
-    assert "kexec: still waiting for CPUs 1 to stop" in machine.log()[since:]
-
-
-@pytest.mark.cells(*HELD)
-def test_interrupts_off_for_good(machine: Machine) -> None:
-    """One that takes none for ten ends in what panic= says, with nothing overwritten."""
-    load(machine, "file")
-    provoke(machine, "how=hold cpu=3 ranges=0,60000")
-    text = machine.leave("kexec -e")
-    assert "Kernel panic - not syncing: kexec: CPUs 3 do not stop" in text
-    assert "Bye!" not in text
 
 
 @pytest.mark.cells(FEW[1])
@@ -168,6 +147,59 @@ def test_hotplug_meanwhile(machine: Machine, request: pytest.FixtureRequest) -> 
         since = len(machine.log())
         verify(machine, machine.exec(), since)
         assert online(machine) == 4
+
+
+# A CPU that takes no interrupt
+
+def hold(stage: Stage) -> Callable[[], None]:
+    """Have CPU 1 spin with exceptions masked, from now on until what this returns is called."""
+    gdb, at = stage.gdb, stage.symbols["panic_smp_self_stop"]
+    gdb.select("2")
+    pc, cpsr = gdb.register("pc"), gdb.register("cpsr")
+    gdb.write(at, BRANCH_TO_SELF, virtual=True)
+    gdb.set_register("pc", at)
+    gdb.set_register("cpsr", cpsr | DAIF)
+
+    def release() -> None:
+        gdb.select("2")
+        gdb.set_register("pc", pc)
+        gdb.set_register("cpsr", cpsr)
+
+    return release
+
+
+@pytest.mark.cells(*STAGED)
+def test_interrupts_off(cell: Cell, lab: Lab) -> None:
+    """It is waited for, and named."""
+    assert lab.guest
+    with Stage(cell, lab.kernels[cell.kernel], lab.guest, name=f"cpus.held.{cell.name}", loader="file",
+               report=lab.report) as stage:
+        scene = stage.at_end(0)
+        since = len(stage.machine.log())
+        release = hold(stage)
+        stage.gdb.resume()
+        time.sleep(4)
+        stage.gdb.interrupt()
+        text = stage.machine.log()[since:]
+        assert "kexec: still waiting for CPUs 1 to stop" in text and "Bye!" not in text
+        release()
+        outcome = stage.watch(scene, PATIENCE)
+        assert outcome.hello and outcome.hello["payload"] == stage.machine.guest.payload
+
+
+@pytest.mark.cells(*STAGED)
+def test_interrupts_off_for_good(cell: Cell, lab: Lab) -> None:
+    """It ends in what panic= says, with nothing overwritten."""
+    assert lab.guest
+    with Stage(cell, lab.kernels[cell.kernel], lab.guest, name=f"cpus.stuck.{cell.name}", loader="file",
+               report=lab.report) as stage:
+        for panic in (0, 1):
+            scene = stage.at_end(panic)
+            hold(stage)
+            outcome = stage.watch(scene, 25 if panic == 0 else PATIENCE)
+            assert "Kernel panic - not syncing: kexec: CPUs 1 do not stop" in outcome.text, outcome.text[-2000:]
+            assert "Bye!" not in outcome.text
+            assert not outcome.hello and outcome.reset == (panic != 0)
 
 
 # Firmware that does not do what it is asked for

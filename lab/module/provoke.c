@@ -19,8 +19,6 @@
  *                        whose device reaches 4 GiB, and give them back
  *   how=store ranges=START,1
  *                        a plain store to the first of them
- *   how=hold cpu=N ranges=0,MS
- *                        keep interrupts disabled on CPU N for so long
  *   how=lock cpu=N ranges=0,MS
  *                        have CPU N hold a spinlock most of that time, with
  *                        interrupts enabled, which another one takes with
@@ -184,16 +182,6 @@ static int dma(unsigned long size)
 	return 0;
 }
 
-static long hold(void *unused)
-{
-	unsigned long flags;
-
-	local_irq_save(flags);
-	mdelay(ranges[1]);
-	local_irq_restore(flags);
-	return 0;
-}
-
 static DEFINE_SPINLOCK(contended);
 
 static void take_and_give(struct work_struct *unused)
@@ -249,8 +237,6 @@ static int __init provoke(void)
 	} else if (!strcmp(how, "dma") && range_words == 2) {
 		if (dma(ranges[1]))
 			return -EINVAL;
-	} else if (!strcmp(how, "hold") && range_words == 2) {
-		work_on_cpu(cpu, hold, NULL);
 	} else if (!strcmp(how, "lock") && range_words == 2) {
 		contend();
 	} else if (!strcmp(how, "store") && range_words) {
