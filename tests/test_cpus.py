@@ -149,6 +149,12 @@ def test_hotplug_meanwhile(machine: Machine, request: pytest.FixtureRequest) -> 
         assert online(machine) == 4
 
 
+def leaving(cell: Cell, lab: Lab, name: str) -> Stage:
+    """A machine on which everything happens while kexec leaves it."""
+    assert lab.guest
+    return Stage(cell, lab.kernels[cell.kernel], lab.guest, name=f"cpus.{name}.{cell.name}", loader="file", report=lab.report)
+
+
 # A CPU that takes no interrupt
 
 def hold(stage: Stage) -> Callable[[], None]:
@@ -171,9 +177,7 @@ def hold(stage: Stage) -> Callable[[], None]:
 @pytest.mark.cells(*STAGED)
 def test_interrupts_off(cell: Cell, lab: Lab) -> None:
     """It is waited for, and named."""
-    assert lab.guest
-    with Stage(cell, lab.kernels[cell.kernel], lab.guest, name=f"cpus.held.{cell.name}", loader="file",
-               report=lab.report) as stage:
+    with leaving(cell, lab, "held") as stage:
         scene = stage.at_end(0)
         since = len(stage.machine.log())
         release = hold(stage)
@@ -190,9 +194,7 @@ def test_interrupts_off(cell: Cell, lab: Lab) -> None:
 @pytest.mark.cells(*STAGED)
 def test_interrupts_off_for_good(cell: Cell, lab: Lab) -> None:
     """It ends in what panic= says, with nothing overwritten."""
-    assert lab.guest
-    with Stage(cell, lab.kernels[cell.kernel], lab.guest, name=f"cpus.stuck.{cell.name}", loader="file",
-               report=lab.report) as stage:
+    with leaving(cell, lab, "stuck") as stage:
         for panic in (0, 1):
             scene = stage.at_end(panic)
             hold(stage)
@@ -224,9 +226,7 @@ class Firmware:
 @pytest.mark.cells(*STAGED)
 def test_not_off(cell: Cell, lab: Lab, operation: str) -> None:
     """A CPU that firmware does not switch off, or says is on, is not overwritten: a panic names it."""
-    assert lab.guest
-    with Stage(cell, lab.kernels[cell.kernel], lab.guest, name=f"cpus.{operation}.{cell.name}", loader="file",
-               report=lab.report) as stage:
+    with leaving(cell, lab, operation) as stage:
         for panic in (0, 1):
             scene = stage.at_end(panic)
             Firmware(stage, operation).break_it()
@@ -240,9 +240,7 @@ def test_not_off(cell: Cell, lab: Lab, operation: str) -> None:
 @pytest.mark.cells(*STAGED)
 def test_late(cell: Cell, lab: Lab) -> None:
     """One that is slow is waited for."""
-    assert lab.guest
-    with Stage(cell, lab.kernels[cell.kernel], lab.guest, name=f"cpus.late.{cell.name}", loader="file",
-               report=lab.report) as stage:
+    with leaving(cell, lab, "late") as stage:
         scene = stage.at_end(0)
         firmware = Firmware(stage, "affinity_info")
         firmware.break_it()
@@ -258,9 +256,7 @@ def test_late(cell: Cell, lab: Lab) -> None:
 @pytest.mark.cells(*STAGED)
 def test_offline_but_not_off(cell: Cell, lab: Lab) -> None:
     """One that went offline before, and is not off, is named when something is loaded, and nothing is lost."""
-    assert lab.guest
-    with Stage(cell, lab.kernels[cell.kernel], lab.guest, name=f"cpus.offline.{cell.name}", loader="file",
-               report=lab.report) as stage:
+    with leaving(cell, lab, "offline") as stage:
         m = stage.machine
         stage.gdb.interrupt()
         firmware = Firmware(stage, "affinity_info")
