@@ -21,7 +21,7 @@ MACHINES = (
     "4k-va48-debug-vhe", "4k-va48-debug-nvhe")
 
 # Suite -> test cases, and how often they run in all, with parameters.
-SUITES = {"arm64_trans_pgd": (17, 91), "arm64_kexec_verify": (13, 13)}
+SUITES = {"arm64_trans_pgd": (17, 91), "arm64_kexec_verify": (14, 14)}
 
 
 @pytest.mark.needs("tests")
