@@ -131,8 +131,8 @@ _ALL = (
            "handover or kdump"),
     Mutant("tcr2-left", MACROS, "\tmsr\tREG_TCR2_EL1, xzr\n", "", "inspector"),
     Mutant("tcr2-el12-left", MACROS, "\tmsr\tREG_TCR2_EL12, xzr\n", "", "inspector"),
-    Mutant("tcr2-left-in-place", "arch/arm64/kernel/cpu-reset.S", "\tclear_tcr2 x12\n", "", "inspector"),
-    Mutant("tcr2-left-where-pages-are-moved", ASM, "\tclear_tcr2 x9\n", "", "inspector"),
+    Mutant("tcr2-left-in-place", "arch/arm64/kernel/cpu-reset.S", "\tclear_tcr2\n", "", "inspector"),
+    Mutant("tcr2-left-where-pages-are-moved", ASM, "\tclear_tcr2\n", "", "inspector"),
     # A GICv5
     Mutant("ist-left-valid", IRS, "\t\tif (FIELD_GET(GICV5_IRS_IST_BASER_VALID, baser))\n", "\t\tif (!baser)\n", "neighbours",
            where="gicv5"),
