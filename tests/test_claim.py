@@ -268,7 +268,8 @@ def test_slow_disk_is_not_waited_for(cell: Cell, lab: Lab, tmp_path: Path, reque
 
 # A load that takes seconds goes on in the background: another one is refused, as it is under way.
 BUSY = ("kexec -s -l /next/Image --initrd=/next/initrd --reuse-cmdline >/dev/null 2>&1 &\n"
-        "sleep 2; kexec -s -l /next/Image --reuse-cmdline 2>&1 | grep -qi busy || exit 3\n")
+        "sleep 0.7; until kexec -s -l /next/Image --reuse-cmdline 2>&1 | grep -qi busy; do\n"
+        "kill -0 $! || exit 3; sleep 0.2; done\n")
 
 
 def make_slow(m: Machine) -> None:
