@@ -21,14 +21,13 @@ from lab.cells import Cell
 from lab.errors import LabError
 from lab.guest import Guest
 from lab.handover import BadHandover, handover, load, load_by_call, verify, verify_first
-from lab.kload import load_over_running_kernel
+from lab.kload import NO_CMA, load_over_running_kernel
 from lab.machine import Machine
 
 MEMORY = 1024  # MiB
 CRASH_KERNEL = f"crashkernel={kdump.RESERVED}M"
 # Stores by some instructions reach no plugin.
 PARAMETERS = ("arm64.nomops", "arm64.nosve")
-KEXEC_FILE_NO_CMA = 0x10
 OTHERS = "for cpu in /sys/devices/system/cpu/cpu[1-9]*; do echo {} >$cpu/online || exit 1; done"
 
 
@@ -146,7 +145,7 @@ def _in_place(m: Machine) -> None:
 
 def _copied(m: Machine) -> None:
     """By kexec_file_load(), which is told not to put anything in place."""
-    loaded = load_by_call(m, KEXEC_FILE_NO_CMA)
+    loaded = load_by_call(m, NO_CMA)
     if loaded.bytes_in_place and loaded.bytes_in_place > loaded.size // 2:
         raise BadHandover(f"{loaded.bytes_in_place} bytes are in place", m)
     _leave(m)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Mapping, Sequence
 
 from lab import host, operations, paths, say
-from lab.cells import CELLS, KERNELS, Kernel
+from lab.cells import CELLS, KERNELS
 from lab.errors import LabError, UsageError
 from lab.series import File
 
@@ -109,6 +109,9 @@ _ALL = (
            "i + 1 < image->nr_segments; i++)\n\t\tret = compare_crc(", "faults"),
     Mutant("share-in-the-wrong-place", VERIFY, "size - end),\n", "size - start),\n", "kunit"),
     Mutant("share-left-out", VERIFY, "end = min(start + SHARE, size);", "end = min(start + SHARE / 2, size);", "kunit"),
+    Mutant("in-place-unchecked", LOAD, "\t\tif (kexec_verify_in_place(image))", "\t\tif (false)", "faults"),
+    Mutant("in-place-beside-copied-unchecked", VERIFY, "image->arch.relocate && !image->segment_cma[n]",
+           "image->arch.relocate", "kunit"),
     # CPUs
     Mutant("firmware-not-waited-for", CPUS, "\tkexec_wait_for_firmware();\n}", "}", "cpus"),
     Mutant("a-cpu-not-waited-for", CPUS, "\t\tif (cpu == smp_processor_id())\n\t\t\tcontinue;\n",
@@ -116,9 +119,6 @@ _ALL = (
     Mutant("a-cpu-not-asked", CPUS, "&kexec_others)\n\t\tstop_one", "&kexec_others)\n\t\tif (cpu != 1)\n\t\t\tstop_one", "cpus"),
     Mutant("leaves-with-a-lock", CPUS, "\tkexec_ask_cpus_to_leave();\n", "\tkexec_tell_cpus_to_leave();\n", "cpus"),
     Mutant("offline-is-off", CPUS, "if (cpu_online(cpu) || !smp_cpu_is_on(cpu))", "if (true)", "cpus"),
-    Mutant("in-place-unchecked", LOAD, "\t\tif (kexec_verify_in_place(image))", "\t\tif (false)", "faults"),
-    Mutant("in-place-beside-copied-unchecked", VERIFY, "image->arch.relocate && !image->segment_cma[n]",
-           "image->arch.relocate", "kunit"),
     # The way out
     Mutant("wrong-el", ASM, "\tcbz\tx27, .Lenter\n", "\tb\t.Lenter\n", "handover"),
     Mutant("x0-lost", ASM, ".Lenter:\n\tmov\tx0, x26\n", ".Lenter:\n\tmov\tx0, xzr\n", "handover"),

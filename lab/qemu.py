@@ -86,12 +86,7 @@ def _backported(oldest: int, newest: int) -> tuple[str, ...]:
     """The QEMU that the backports of the machine's release have, unpacked below the cache. Raises LabError."""
     debs = apt.fetch(["qemu-system-arm", "qemu-system-common", "qemu-system-data"], host.architecture(),
                      f"{host.release()}-backports")
-    home = paths.CACHE / debs["qemu-system-arm"].stem
-    with lock.held(paths.CACHE / "lock", "the cache"):
-        if not home.exists():
-            with paths.whole(home) as folder:
-                for deb in debs.values():
-                    proc.run(["dpkg-deb", "-x", deb, folder])
+    home = _unpacked(debs)
     found = str(home / "usr/bin" / QEMU), "-L", str(home / "usr/share/qemu")
     if not oldest <= version(found) <= newest:
         raise LabError(f"{host.release()}-backports have QEMU {version(found)}, and a cell needs {oldest} to {newest}")
@@ -104,16 +99,22 @@ def _newest() -> tuple[str, ...]:
     These may be newer than the machine's own, so it is their dynamic linker that runs it. Raises LabError.
     """
     debs = apt.fetch(["qemu-system-arm"], host.architecture(), f"{NEWEST}-backports", deps=True, upon=NEWEST)
+    home = _unpacked(debs)
+    [linker] = home.glob("usr/lib*/ld-linux-*.so.*")
+    [libc] = home.glob("usr/lib/*/libc.so.6")
+    return (str(linker), "--library-path", str(libc.parent), str(home / "usr/bin" / QEMU),
+            "-L", str(home / "usr/share/qemu"))
+
+
+def _unpacked(debs: dict[str, Path]) -> Path:
+    """The folder of the cache that has what is in the packages of a QEMU."""
     home = paths.CACHE / debs["qemu-system-arm"].stem
     with lock.held(paths.CACHE / "lock", "the cache"):
         if not home.exists():
             with say.phase("unpacking QEMU"), paths.whole(home) as folder:
                 for deb in debs.values():
                     proc.run(["dpkg-deb", "-x", deb, folder])
-    [linker] = home.glob("usr/lib*/ld-linux-*.so.*")
-    [libc] = home.glob("usr/lib/*/libc.so.6")
-    return (str(linker), "--library-path", str(libc.parent), str(home / "usr/bin" / QEMU),
-            "-L", str(home / "usr/share/qemu"))
+    return home
 
 
 def machine(cell: Cell, accel: str) -> list[str]:

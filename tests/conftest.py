@@ -225,6 +225,20 @@ def name_of(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def start(cell: Cell, lab: Lab, request: pytest.FixtureRequest) -> Iterator[Callable[..., Machine]]:
+    """Starts a guest of `cell` with the options that it is given; its first kernel is up."""
+    with ExitStack() as stack:
+        def machine(*extra: str) -> Machine:
+            assert lab.guest
+            m = stack.enter_context(Machine(cell, lab.kernels[cell.kernel], lab.guest, accel=lab.accel,
+                                            name=name_of(request), report=lab.report, extra=extra))
+            verify_first(m, m.hello())
+            return m
+
+        yield machine
+
+
+@pytest.fixture
 def machine(cell: Cell, lab: Lab, request: pytest.FixtureRequest) -> Iterator[Machine]:
     """A guest of `cell` with its first kernel up."""
     with lab.machine(cell, name_of(request)) as m:

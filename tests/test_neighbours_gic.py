@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterator
@@ -38,20 +37,6 @@ HAS_CES = 48  # offset of has_ces in struct rdists
 # A device on PCI, whose MSI-X are LPIs: one for each read. Not a disk with a queue per CPU, which requests can keep
 # from going down once the disk has been shut down, here and in mainline.
 DEVICE = ("-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng,vectors=2,romfile=")
-
-
-@pytest.fixture
-def start(cell: Cell, lab: Lab, request: pytest.FixtureRequest) -> Iterator[Callable[..., Machine]]:
-    """Starts a guest of `cell` with the options that it is given; its first kernel is up."""
-    with ExitStack() as stack:
-        def machine(*extra: str) -> Machine:
-            assert lab.guest
-            m = stack.enter_context(Machine(cell, lab.kernels[cell.kernel], lab.guest, accel=lab.accel,
-                                            name=name_of(request), report=lab.report, extra=extra))
-            verify_first(m, m.hello())
-            return m
-
-        yield machine
 
 
 def own_log(m: Machine) -> str:

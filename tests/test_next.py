@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterator
@@ -17,7 +16,7 @@ from lab import fuzz, hibernate, inspector, kdump, qemu, stock
 from lab.cells import CELLS, NEW, VERSAL, Cell, on_base
 from lab.errors import LabError, UsageError
 from lab.fuzz import Arena
-from lab.handover import handover, load, verify_first
+from lab.handover import handover, load
 from lab.machine import GuestFailure, Machine, TimeoutFailure
 from test_inspector import Wrong, reported
 
@@ -36,20 +35,6 @@ L1_ENTRIES = 64
 GIVEN_UP = "Giving up the IST"
 MINUTE, LIMIT = 60, 60.0  # seconds
 MIB = 1 << 20
-
-
-@pytest.fixture
-def start(cell: Cell, lab: Lab, request: pytest.FixtureRequest) -> Iterator[Callable[..., Machine]]:
-    """Starts a guest of `cell` with the options that it is given; its first kernel is up."""
-    with ExitStack() as stack:
-        def machine(*extra: str) -> Machine:
-            assert lab.guest
-            m = stack.enter_context(Machine(cell, lab.kernels[cell.kernel], lab.guest, accel=lab.accel,
-                                            name=name_of(request), report=lab.report, extra=extra))
-            verify_first(m, m.hello())
-            return m
-
-        yield machine
 
 
 # All of them
